@@ -10,6 +10,8 @@ extras['all'] = sorted({r for k in ('eval', 'lora', 'deepspeed') for r in extras
 setuptools.setup(
     name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'],
     author=cfg['author'], author_email=cfg['author_email'], url=cfg['git_url'], license='Apache-2.0',
+    classifiers=['Development Status :: 3 - Alpha', 'Intended Audience :: Science/Research', 'Programming Language :: Python :: 3'],
+    project_urls={'Source': cfg['git_url'], 'Documentation': cfg['doc_host'] + cfg['doc_baseurl']},
     packages=setuptools.find_packages(include=['pose_nb', 'pose_nb.*']),
     package_data={'pose_nb': ['assets/**/*']}, include_package_data=True,
     python_requires='>=' + cfg['min_python'], install_requires=cfg['requirements'].split(), extras_require=extras,

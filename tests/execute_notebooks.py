@@ -5,7 +5,7 @@
 import os, sys, time
 from pathlib import Path
 
-os.environ.update(SOURCE_DATE_EPOCH='0', HF_HUB_OFFLINE='1', MPLBACKEND='module://matplotlib_inline.backend_inline')  # same bytes on every run
+os.environ.update(SOURCE_DATE_EPOCH='0', HF_HUB_OFFLINE='1', HF_HUB_DISABLE_PROGRESS_BARS='1', TOKENIZERS_PARALLELISM='false', MPLBACKEND='module://matplotlib_inline.backend_inline')  # same bytes on every run
 
 from execnb.nbio import read_nb, write_nb
 from execnb.shell import CaptureShell

@@ -1,0 +1,40 @@
+# Two commands do everything on a fresh machine with Python 3.11: `make demo` and `make test`.
+PYTHON ?= python3
+BIN    := .venv/bin
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: demo test notebooks bench docs clean
+
+.venv/installed: settings.ini setup.py constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+# Extend the embedded model from 256 to 2,048 tokens, offline, and show that it worked.
+demo: .venv/installed
+	$(BIN)/pose_nb demo
+
+# Export in sync, notebooks clean, every notebook cell, every test.
+test: .venv/installed
+	$(BIN)/python tests/check_notebooks.py
+	$(BIN)/nbdev_test --n_workers 2 --timing
+	$(BIN)/python -m pytest -q --durations=15 tests
+
+# Run notebooks in place and keep their outputs: make notebooks NB=nbs/00_rope.ipynb (add FLAGS=+slow for slow cells).
+NB ?= $(sort $(wildcard nbs/*.ipynb))
+notebooks: .venv/installed
+	$(BIN)/nbdev_export
+	$(BIN)/python tests/execute_notebooks.py $(FLAGS) $(NB)
+	$(BIN)/nbdev_clean
+
+# Ratios of time and memory, measured in one run.
+bench: .venv/installed
+	$(BIN)/python tests/bench/bench.py
+
+# The site; needs Quarto (https://quarto.org).
+docs: .venv/installed
+	$(BIN)/nbdev_docs
+
+clean:
+	rm -rf .venv _docs _proc build dist *.egg-info pose_nb_demo

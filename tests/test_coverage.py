@@ -1,0 +1,63 @@
+"Closed forms against listing, tallies against counting, plans against simulation."
+import numpy as np, pytest
+from hypothesis import given, settings, strategies as st
+
+from pose_nb.common import PoseError
+from pose_nb.coverage import (coverage, cross_probability, examples_needed, expected_pairs, never_seen, seen_after, tally_chunks,
+                              tally_positions, two_chunk_pairs, two_chunk_probability)
+from pose_nb.positions import FIRST_CHUNK, Contiguous, FullLength, PoSE, RandPos, chunk_positions, example_rng
+
+def histogram(p, target): return np.bincount((p[:, None] - p)[np.tril_indices(len(p), -1)], minlength=target)
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(2, 12), st.integers(1, 15), st.sampled_from(sorted(FIRST_CHUNK)))
+def test_closed_forms_equal_listing(window, M, rule):
+    target, longest = window + M, FIRST_CHUNK[rule](window, 1)
+    h = np.array([histogram(chunk_positions([l, window - l], [0, u]), target) for l in range(1, longest + 1) for u in range(M + 1)])
+    assert np.allclose(two_chunk_probability(window, target, rule), (h > 0).mean(0), atol=1e-12)
+    assert np.allclose(two_chunk_pairs(window, target, rule), h.mean(0), atol=1e-10)
+
+@settings(deadline=None, max_examples=80)
+@given(st.integers(1, 30), st.integers(1, 60), st.integers(1, 6), st.integers(0, 1000))
+def test_tallies_equal_counting(window, M, chunks, seed):
+    target = window + M
+    w = PoSE(window, target, min(chunks, window)).batch(np.full(7, window), example_rng(seed, 0, 0))
+    h = np.array([histogram(p, target) for p in w.position_ids])
+    for tally in (tally_chunks, tally_positions):
+        seen, pairs = tally(w, target)
+        assert np.allclose(seen, (h > 0).sum(0)) and np.allclose(pairs, h.sum(0))
+
+@pytest.mark.parametrize('target', [5000, 16384, 131072])
+def test_autocorrelation_is_exact_at_size(target):
+    p = RandPos(1500, target)(1500, example_rng(0, 0, 0)).position_ids
+    w = RandPos(1500, target).batch([1500], example_rng(0, 0, 0))
+    assert (tally_positions(w, target)[1] == histogram(p, target)).all()
+
+def test_golden_numbers():
+    c = cross_probability(2048, 16384)
+    assert np.allclose(c[[1, 2, 2047, 14337, 16382, 16383]], [6.975e-5, 1.395e-4, .1427774, .1427774, 1.395e-4, 6.975e-5], atol=5e-8)
+    p = two_chunk_pairs(2048, 16384, 'code')
+    assert np.ptp(p[2047:14338]) < 1e-9 and p[14338] < p[14337]
+    assert np.allclose(p[[1, 100, 1024, 2047, 15000, 16000]], [2046.0, 1853.17, 535.91, 48.7942, 36.75, 4.51], atol=6e-3) and np.isclose(p[16383], 6.975e-5, rtol=1e-3)
+
+@pytest.mark.parametrize('s', [PoSE(20, 70), PoSE(20, 70, first_chunk='code'), PoSE(20, 70, 1), PoSE(20, 70, 4), PoSE(20, 70, 20), Contiguous(20, 70), FullLength(20), RandPos(20, 70), RandPos(20, 20)])
+def test_pairs_are_conserved_and_exact_agrees_with_counts(s):
+    c, mc = coverage(s, 4000), coverage(s, 4000, seed=1, exact=False)
+    assert np.isclose(c.pairs.sum(), s.window * (s.window - 1) / 2) and np.isclose(mc.pairs.sum(), c.pairs.sum())
+    assert c.probability[0] == c.pairs[0] == 0 and c.probability.max() <= 1 and c.probability.shape == (s.target,)
+    assert np.abs(c.probability - mc.probability).max() < .06 and np.abs(c.pairs - mc.pairs).max() < .5
+    assert (expected_pairs(s, 4000) == c.pairs).all() and (c.examples == 0) == (c.exact and c.exact_pairs) and (c.exact or c.error.max() > 0)
+
+@pytest.mark.parametrize('confidence', [.5, .9, .99, .999])
+def test_examples_needed_is_the_smallest(confidence):
+    c = coverage(PoSE(16, 64))
+    k = examples_needed(c, confidence)
+    assert never_seen(c, k) <= 1 - confidence < never_seen(c, k - 1)
+    assert np.allclose(seen_after(c, 3), 1 - (1 - c.probability)**3)
+
+def test_dense_positions_need_one_example():
+    assert examples_needed(coverage(FullLength(50))) == 1 and examples_needed(coverage(Contiguous(20, 70)), upto=20) == 1
+
+def test_requests_that_cannot_be_met():
+    for bad in (lambda: examples_needed(coverage(Contiguous(20, 70))), lambda: examples_needed(coverage(PoSE(20, 70)), 0.), lambda: coverage(PoSE(20, 70), 0)):
+        with pytest.raises(PoseError): bad()

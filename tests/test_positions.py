@@ -1,0 +1,127 @@
+"Properties of every sampler, and the bounds that a page cannot show well."
+import itertools, pickle
+from collections import Counter
+
+import numpy as np, pytest
+from hypothesis import given, settings, strategies as st
+
+from pose_nb.common import PoseError
+from pose_nb.positions import (CONTENT, FIRST_CHUNK, SAMPLERS, Contiguous, FullLength, PoSE, RandPos, chunk_lengths,
+                               chunk_positions, example_rng, get_sampler, rising_biases)
+
+sizes = st.integers(1, 40)
+
+@st.composite
+def samplers(draw):
+    name, window = draw(st.sampled_from(sorted(SAMPLERS))), draw(sizes)
+    if name == 'full': return FullLength(window)
+    target = window + draw(st.integers(name == 'pose', 60))
+    if name != 'pose': return get_sampler(name, window, target)
+    first = draw(st.sampled_from(sorted(FIRST_CHUNK)))
+    chunks = draw(st.integers(1, min(window, 2 if first == 'code' else 6)))
+    return PoSE(window, target, chunks, draw(st.sampled_from(sorted(CONTENT))), first)
+
+@settings(deadline=None, max_examples=300)
+@given(samplers(), st.integers(0, 50), st.integers(1, 5), st.integers(0, 2**64 - 1))
+def test_every_window_is_lawful(s, extra, n, seed):
+    lens = s.min_doc_len + np.arange(n) * extra
+    w = s.batch(lens, example_rng(seed, 0, 0))
+    for a in (w.input_index, w.position_ids, w.chunk_id): assert a.shape == (n, s.window) and a.dtype == np.int64 and a.flags.writeable
+    assert (np.diff(w.position_ids) > 0).all() and (np.diff(w.input_index) > 0).all() and (np.diff(w.chunk_id) >= 0).all()
+    assert w.position_ids.min() >= 0 and w.position_ids.max() < s.target
+    assert w.input_index.min() >= 0 and (w.input_index.max(1) < lens).all()
+    inside = np.diff(w.chunk_id) == 0
+    assert (np.diff(w.position_ids)[inside] == 1).all() and (np.diff(w.input_index)[inside] == 1).all()
+    if isinstance(s, PoSE):
+        assert (w.position_ids[:, 0] == 0).all() and (w.chunk_id[:, -1] == s.chunks - 1).all()
+        if s.content == 'aligned': assert (w.input_index == w.position_ids).all()
+        if s.content == 'contiguous': assert not w.seams.any()
+    one = s(int(lens[0]), example_rng(seed, 1, 2))
+    assert (one.position_ids == s.batch(lens[:1], example_rng(seed, 1, 2)).position_ids[0]).all() and one.position_ids.shape == (s.window,)
+
+@given(samplers())
+def test_short_documents_are_refused_with_both_numbers(s):
+    with pytest.raises(PoseError, match=f'{s.min_doc_len - 1} tokens.*at least {s.min_doc_len}'): s(s.min_doc_len - 1, example_rng(0, 0, 0))
+
+class Extreme:
+    "A generator that always returns the largest (or smallest) allowed value."
+    def __init__(self, top): self.top = top
+    def integers(self, low, high, size=None, endpoint=False):
+        v = np.asarray(high if self.top else low)
+        return np.broadcast_to(v - (self.top and not endpoint), size if size is not None else np.broadcast_shapes(np.shape(low), np.shape(high)))
+
+@pytest.mark.parametrize('chunks,first', [(2, 'paper'), (2, 'code'), (3, 'paper'), (5, 'paper')])
+def test_both_ends_are_reachable(chunks, first):
+    s = PoSE(64, 512, chunks, first_chunk=first)
+    w = s(300, Extreme(True))
+    assert w.position_ids[-1] == 511 and w.input_index[-1] == 299
+    w = s(300, Extreme(False))
+    assert (w.position_ids == np.arange(64)).all() and (w.input_index == np.arange(64)).all() and (w.chunk_id[:chunks] == np.arange(chunks)).all()
+
+@pytest.mark.parametrize('first', ['paper', 'code'])
+def test_small_case_is_uniform(first):
+    n, s = 60_000, PoSE(4, 7, first_chunk=first)
+    cuts = range(1, 4 if first == 'paper' else 3)
+    w = s.batch(np.full(n, 4), example_rng(3, 0, 0))
+    got = Counter(zip((w.chunk_id == 0).sum(1).tolist(), (w.position_ids[:, -1] - 3).tolist()))
+    assert set(got) == set(itertools.product(cuts, range(4)))
+    p = 1 / len(got)
+    assert max(abs(c - n * p) for c in got.values()) < 5 * np.sqrt(n * p * (1 - p))
+
+def test_randpos_subsets_are_uniform():
+    p = RandPos(3, 6).batch(np.full(40_000, 3), example_rng(4, 0, 0)).position_ids
+    got = Counter(map(tuple, p.tolist()))
+    assert set(got) == set(itertools.combinations(range(6), 3))
+    assert max(abs(c - 2000) for c in got.values()) < 5 * np.sqrt(2000)
+    assert (RandPos(9, 9)(9, example_rng(0, 0, 0)).position_ids == np.arange(9)).all()
+
+def test_randpos_blocks_join():
+    s = RandPos(3, 2**21)                                       # two rows a block
+    p = s.batch(np.full(5, 3), example_rng(5, 0, 0)).position_ids
+    assert len(np.unique(p)) == 15 and (np.diff(p) > 0).all() and p.max() < 2**21
+
+@pytest.mark.parametrize('lens,lo', [((100, 200, 5000), 0), ((100, 100), 0)])
+def test_offsets_use_each_documents_own_length(lens, lo):
+    w = PoSE(64, 512).batch(np.repeat(lens, 4000), example_rng(6, 0, 0))
+    top = w.input_index.max(1).reshape(len(lens), -1).max(1)
+    assert (top < lens).all() and (top > np.array(lens) * .98).all()
+
+def test_mean_skip_is_half_the_range():
+    u = rising_biases(14336, 4, 100_000, example_rng(7, 0, 0)).mean(0) / 14336
+    assert np.allclose(u, [0, .5, .75, .875], atol=.005)
+
+@given(st.integers(1, 60), st.data())
+def test_chunk_lengths(window, data):
+    chunks = data.draw(st.integers(1, window))
+    l = chunk_lengths(window, chunks, 20, example_rng(8, 0, window))
+    assert l.shape == (20, chunks) and l.min() >= 1 and (l.sum(1) == window).all()
+
+def test_many_chunks_as_many_as_tokens():
+    w = PoSE(16, 64, 16)(16, example_rng(9, 0, 0))
+    assert (w.chunk_id == np.arange(16)).all()
+
+@given(*[st.integers(0, 2**64 - 1)] * 3)
+def test_example_rng_is_a_function_of_its_address(seed, epoch, index):
+    a, b = (example_rng(seed, epoch, index).integers(0, 2**62, 8) for _ in range(2))
+    assert (a == b).all()
+
+def test_neighbouring_addresses_differ():
+    draws = {example_rng(*k).integers(0, 2**62).item() for k in itertools.product(range(6), repeat=3)}
+    assert len(draws) == 216
+
+def test_addresses_look_independent():
+    x = np.array([example_rng(0, 0, i).random() for i in range(20_000)])
+    assert abs(x.mean() - .5) < .01 and abs(np.corrcoef(x[:-1], x[1:])[0, 1]) < .03
+
+def test_samplers_are_values_and_travel():
+    for s in (PoSE(8, 20, 3), Contiguous(8, 20), FullLength(20), RandPos(8, 20)):
+        assert pickle.loads(pickle.dumps(s)) == s and hash(s) is not None and s.batch([], example_rng(0, 0, 0)).position_ids.shape == (0, s.window)
+
+@pytest.mark.parametrize('bad', [
+    lambda: PoSE(8, 8), lambda: PoSE(8, 20, 0), lambda: PoSE(8, 20, 9), lambda: PoSE(8, 20, 2.), lambda: PoSE(0, 5), lambda: PoSE(8, 20, 3, first_chunk='code'),
+    lambda: PoSE(8, 20, content='x'), lambda: PoSE(8, 20, first_chunk='x'), lambda: Contiguous(8, 7), lambda: FullLength(0), lambda: RandPos(8, 7), lambda: RandPos(8, 20.),
+    lambda: get_sampler('x', 8, 20), lambda: get_sampler('pose', 8, 20, chunk=2), lambda: get_sampler('full', 8, 20, chunks=2), lambda: example_rng(0, -1, 0),
+    lambda: example_rng(2**64, 0, 0), lambda: example_rng(.5, 0, 0), lambda: chunk_positions([1, 2], [3, 2]), lambda: chunk_positions([0, 2], [0, 2]), lambda: chunk_positions([[1, 2], [1, 3]], [[0, 1], [0, 1]]),
+    lambda: chunk_positions([1, 2], [0])])
+def test_bad_requests(bad):
+    with pytest.raises(PoseError): bad()
