@@ -16,7 +16,7 @@ import numpy as np, torch
 from .common import PoseError, check, read_json
 from .interpolation import NoScaling, from_config, to_config
 
-# %% ../nbs/05_model.ipynb #60bc2ba9
+# %% ../nbs/05_model.ipynb #43c8b61b
 def default_base()->Path: # Folder of the model inside this package
     "The embedded default: a Llama of 0.7M parameters with a window of 256 tokens."
     return Path(str(importlib.resources.files('pose_nb')))/'assets'/'base'
@@ -27,6 +27,8 @@ def load_config(
 ): # A transformers config
     "Read a checkpoint's configuration. Raises `PoseError` if there is none or it has no rotary embedding."
     from transformers import AutoConfig
+    path = Path(str(name_or_path)).expanduser()
+    check(path.is_dir() or not (path.is_absolute() or str(name_or_path).startswith(('.', '~')) or str(name_or_path).count('/') > 1), f"there is no checkpoint folder '{name_or_path}'; check the path, or pass the id of a model on the hub.")
     try: config = AutoConfig.from_pretrained(str(name_or_path), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as e:
         raise PoseError(f"'{name_or_path}' is not a checkpoint that can be loaded ({_first_line(e)}); pass a folder with a config.json or the id of a model on the hub.") from None
@@ -157,7 +159,7 @@ class SeamReport:
     shifted:float     # After adding a constant to all positions; must be about 0
     closed:float      # After closing the gap; must be above 0
 
-# %% ../nbs/05_model.ipynb #c925962e
+# %% ../nbs/05_model.ipynb #5e409fd3
 def seam_guard(
     model,          # The model about to be trained, with its attention code and mode
     batch:dict,     # What the collator returns: input_ids, position_ids, attention_mask, each (batch, window)
@@ -175,6 +177,7 @@ def seam_guard(
     run = lambda i, p: model(input_ids=i, position_ids=p, attention_mask=mask, use_cache=False).logits[:, seam:]
     with _evaluating(model):
         ref = run(ids, pos)
+        check(bool(torch.isfinite(ref).all()), "the model's logits are not finite numbers before training; its weights are damaged, or its precision is too low for it.")
         report = SeamReport(_relative(run(other, pos), ref), _relative(run(ids, pos + shift), ref), _relative(run(ids, dense), ref))
     _judge(report, ref.dtype)
     return report

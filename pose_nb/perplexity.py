@@ -91,7 +91,7 @@ def _length_dependent(config):
     kinds = [p] if 'rope_type' in p else [v for v in p.values() if isinstance(v, dict)]
     return any(k.get('rope_type') == 'dynamic' or (k.get('rope_type') == 'longrope' and k.get('long_factor') != k.get('short_factor')) for k in kinds)
 
-# %% ../nbs/07_perplexity.ipynb #9d40a746
+# %% ../nbs/07_perplexity.ipynb #ceed5c46
 def score_window(
     model,             # A Hugging Face causal language model
     ids:torch.Tensor,  # int64, shape (batch, time): whole windows, BOS included
@@ -100,6 +100,7 @@ def score_window(
 )->torch.Tensor: # float64, shape (batch, scored), on the CPU: -log p of each scored token
     "NLL of the last `scored` tokens of each window, reading `chunk` tokens at a time with a key-value cache."
     n, device = ids.shape[1], next(model.parameters()).device
+    check(1 <= scored < n, f"scored is {scored}; in windows of {n} tokens 1 to {n - 1} can be scored, because nothing stands before the first.")
     step = n if chunk is None or _length_dependent(model.config) else min(chunk, n)
     cache, out, ids = (DynamicCache(config=model.config) if step < n else None), [], ids.to(device)
     for i in range(0, n, step):
@@ -108,7 +109,7 @@ def score_window(
         keep = torch.arange(first - i, max(last, first) - i, device=device)
         logits = model(ids[:, i:j], attention_mask=torch.ones_like(ids[:, :j]), use_cache=cache is not None, past_key_values=cache,
                        position_ids=torch.arange(i, j, device=device).expand(len(ids), -1), logits_to_keep=keep).logits
-        if last > first: out.append(F.cross_entropy(logits.float().transpose(1, 2), ids[:, first + 1:last + 1].to(logits.device), reduction='none').cpu().double())
+        if last > first: out.append(F.cross_entropy(logits.float().flatten(0, 1), ids[:, first + 1:last + 1].flatten().to(logits.device), reduction='none').cpu().double().view(len(ids), -1))
     return torch.cat(out, 1)
 
 # %% ../nbs/07_perplexity.ipynb #d8f84611
@@ -175,13 +176,15 @@ def mean_over_documents(
     half = stats.t.ppf(.975, n - 1) * se
     return float(mean), float(se), (float(mean - half), float(mean + half))
 
-# %% ../nbs/07_perplexity.ipynb #5aa89c28
+# %% ../nbs/07_perplexity.ipynb #c8d104cc
 @dataclass(frozen=True)
 class PerplexityResult:
     "Perplexity at several lengths; `result[length]` is one row."
     rows:list  # `PerplexityRow` per length, lengths increasing
 
-    def __getitem__(self, length): return next(r for r in self.rows if r.length == length)
+    def __getitem__(self, length):
+        check(length in self.ppl, f"no row for length {length}; this result has {', '.join(map(str, self.ppl))}.")
+        return next(r for r in self.rows if r.length == length)
     @property
     def ppl(self): return {r.length: r.ppl for r in self.rows}
     @property
@@ -192,7 +195,7 @@ class PerplexityResult:
         "Perplexity over length; keywords go to `length_plot`."
         return length_plot({name: self.ppl}, ylabel='perplexity', intervals={name: self.intervals}, **kw)
 
-# %% ../nbs/07_perplexity.ipynb #e52dd9e3
+# %% ../nbs/07_perplexity.ipynb #fc5f9d18
 def check_lengths(
     lengths,      # One length or several, in tokens, strictly increasing
     least:int=2,  # Smallest length allowed
@@ -209,6 +212,7 @@ def _as_documents(documents, model, bos):
     "Documents as int64 arrays, or a sentence about the first that is not a sequence of this model's tokens."
     check(not isinstance(documents, str), "documents is a string; tokenise first: tokenize_documents([text], tokenizer).")
     out, vocab = [], model.get_input_embeddings().num_embeddings
+    check(bos is None or bos < vocab, f"bos is {bos}, but the model knows token ids 0 to {vocab - 1}; pass one of those, or bos=False.")
     for i, d in enumerate(documents):
         check(not isinstance(d, str), f"document {i} is a string; tokenise first: tokenize_documents(texts, tokenizer).")
         a = d.detach().cpu().numpy() if isinstance(d, torch.Tensor) else np.asarray(d)

@@ -78,7 +78,7 @@ def length_plot(
     ends = []
     for name, r in results.items():
         xs = sorted(r); ys = [r[x] for x in xs]; c = color(name)
-        ax.plot(xs, ys, 'o-', color=c, ms=4, clip_on=False, zorder=3, ls='--' if '+' in name else '-')
+        ax.plot(xs, ys, marker='o', color=c, ms=4, clip_on=False, zorder=3, ls='--' if '+' in name else '-')
         if intervals and name in intervals:
             ax.fill_between(xs, [intervals[name][x][0] for x in xs], [intervals[name][x][1] for x in xs], color=c, alpha=.12, lw=0)
         ends.append((ys[-1], xs[-1], name, c))

@@ -200,7 +200,7 @@ class PasskeyRow:
 
     def to_dict(self): return {f.name: getattr(self, f.name) for f in fields(self)}
 
-# %% ../nbs/08_retrieval.ipynb #6268888f
+# %% ../nbs/08_retrieval.ipynb #9e3d06f0
 @dataclass(frozen=True)
 class PasskeyResult:
     "Passkey retrieval over lengths and depths."
@@ -227,6 +227,8 @@ class PasskeyResult:
         return table([{k: 'uniform' if k == 'depth' and r.depth is None else getattr(r, k) for k in keys} | dict(low=r.interval[0], high=r.interval[1]) for r in self.rows])
     def plot(self, name='model', **kw):
         "Accuracy over length with intervals; keywords go to `length_plot`."
+        kw['ax'] = kw.get('ax') or plt.subplots()[1]
+        kw['ax'].set_ylim(-.02, 1.02)
         return length_plot({name: self.accuracy}, ylabel='passkeys found', intervals={name: self.intervals}, **kw)
 
 # %% ../nbs/08_retrieval.ipynb #d25b5948
@@ -297,7 +299,7 @@ def _passkey_row(trials, **protocol):
                       nll=float(np.mean([t['nll'] for t in trials])), forced=float(np.mean([t['forced'] for t in trials])), prompt_min=min(tokens),
                       prompt_max=max(tokens), wrong=[dict(key=t['key'], reply=t['reply']) for t in trials if not t['right']][:3], **protocol)
 
-# %% ../nbs/08_retrieval.ipynb #5715e3ba
+# %% ../nbs/08_retrieval.ipynb #119e89ff
 def passkey(
     model,                    # A Hugging Face causal language model, any device and dtype
     tokenizer,                # Its tokenizer
@@ -315,8 +317,9 @@ def passkey(
     "Passkey retrieval with greedy decoding (Mohtashami and Jaggi 2023; PoSE `eval_passkey.py`). Raises `PoseError` for requests that cannot be met."
     lengths, depths, bos = check_lengths(lengths), _check_depths(depths), _tokenizer_bos(tokenizer, bos)
     for value, what in ((trials, 'trials'), (new_tokens, 'new_tokens'), (batch_tokens, 'batch_tokens'), (chunk, 'chunk')): _integer(value, what)
+    check(_integer(seed, 'seed', 0) < 2**64, f"seed {seed} is too large; use one below 2**64.")
     check(digits is None or _integer(digits, 'digits') <= 9, f"digits is {digits}; use 1 to 9, or None for keys from 1 to 50000.")
-    protocol = dict(seed=_integer(seed, 'seed', 0), digits=digits, bos=bos, new_tokens=new_tokens)
+    protocol = dict(seed=int(seed), digits=digits, bos=bos, new_tokens=new_tokens)
     plan = passkey_trials(tokenizer, lengths, depths, trials, **protocol)
     vocab, top = model.config.get_text_config().vocab_size, max(max(t['prompt'].ids) for t in plan)
     check(top < vocab, f"the tokenizer gives token id {top}, but the model knows 0 to {vocab - 1}; use the tokenizer of this model.")

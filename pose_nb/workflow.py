@@ -108,7 +108,7 @@ def _documents_of(data, out, tokenizer, text_field, resume, progress):
     if resume and (out/'data'/'store.json').exists(): return load_store(out/'data')
     return load_store(save_store(tokenize(read_documents(data, text_field), tokenizer, progress=progress), out/'data'))
 
-# %% ../nbs/10b_workflow.ipynb #692c1a79
+# %% ../nbs/10b_workflow.ipynb #8e0205cd
 @delegates(TrainSettings)
 def extend(
     model,                          # Checkpoint folder or hub id of a RoPE model
@@ -140,24 +140,23 @@ def extend(
     tokenizer = load_tokenizer(model, trust_remote_code)
     start_id, out = bos_id(tokenizer, bos), claim_folder(output_dir, resume)
     if resume: _resume_plan(out, plan)
-    try: store, net = _prepare(plan, out, tokenizer, text_field, resume, progress, attn_implementation, trust_remote_code)
-    except PoseError:
+    try:
+        store = _documents_of(data, out, tokenizer, text_field, resume, progress)
+        dataset = make_dataset(store, make_sampler(plan), tokenizer, settings.seed, start_id, passkey_share, copy_share, not keep_seam)
+        net = load_model(model, torch.float32, attn_implementation, trust_remote_code=trust_remote_code)
+        set_scaling(net, get_scaling(scaling, plan['factor']), max(target, plan['original']))
+    except BaseException:
         if not resume: _release(out)
         raise
-    dataset = make_dataset(store, make_sampler(plan), tokenizer, settings.seed, start_id, passkey_share, copy_share, not keep_seam)
     write_record(out, dict(status='running', plan=plan, settings=asdict(settings), data=dataset.report))
     where = None if not resume else True if resume_from_checkpoint in (True, 'latest') else resume_from_checkpoint
     result = train(net, dataset, settings, out, where, progress)
     return _finish(out, net, tokenizer, result)
 
-# %% ../nbs/10b_workflow.ipynb #30c57b96
-def _prepare(plan, out, tokenizer, text_field, resume, progress, attn_implementation, trust_remote_code):
-    "Token store and rescaled model of a plan; refuses data that has no document long enough."
-    store = _documents_of(plan['data'], out, tokenizer, text_field, resume, progress)
-    WindowDataset(store, make_sampler(plan))
-    net = load_model(plan['model'], torch.float32, attn_implementation, trust_remote_code=trust_remote_code)
-    return store, set_scaling(net, get_scaling(plan['scaling'], plan['factor']), max(plan['target'], plan['original']))
+# %% ../nbs/10b_workflow.ipynb #9be43c6d
+extend.__delwrap__ = TrainSettings
 
+# %% ../nbs/10b_workflow.ipynb #d59ca624
 def _release(out):
     "Remove a folder that this run created and has written nothing but tokens to."
     shutil.rmtree(out/'data', ignore_errors=True)
@@ -307,13 +306,13 @@ def coverage_report(
     return summary | dict(text=f"{c.label}, {window:,} -> {target:,} tokens ({how})\n{table(rows, 6).to_string(index=False)}\n"
                                f"of {target - 1:,} distances, {summary['never_met']:,} can never occur; after {examples:,} windows {summary['expected_unseen']:,.1f} are expected to be unmet")
 
-# %% ../nbs/10b_workflow.ipynb #17798211
+# %% ../nbs/10b_workflow.ipynb #46dc9a7e
 DEMO_TARGET, DEMO_LENGTHS = 2048, (256, 512, 1024, 2048)
 DEMO = dict(max_steps=200, per_device_train_batch_size=8, learning_rate=1e-3, warmup_steps=20, lr_scheduler_type='cosine_with_min_lr', lr_scheduler_kwargs=dict(min_lr_rate=.1))
 DEMO_MIX = dict(passkey_share=.4, copy_share=.1)
 
 def demo_variants(
-    all:bool=False,  # Also the baselines
+    all:bool=False,  # Also the baselines: contiguous, RandPos, Full-length
 )->dict: # {name: (sampler or None, scaling)}
     "The models that the demo compares."
     main = {'base': (None, 'none'), 'yarn': (None, 'yarn'), 'pose': ('pose', 'yarn')}
