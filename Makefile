@@ -18,6 +18,7 @@ demo: .venv/installed
 # Export in sync, notebooks clean, every notebook cell, every test.
 test: .venv/installed
 	$(BIN)/python tests/check_notebooks.py
+	$(BIN)/python tests/make_readme.py --check
 	$(BIN)/nbdev_test --n_workers 2 --timing
 	$(BIN)/python -m pytest -q --durations=15 tests
 
@@ -27,6 +28,7 @@ notebooks: .venv/installed
 	$(BIN)/nbdev_export
 	$(BIN)/python tests/execute_notebooks.py $(FLAGS) $(NB)
 	$(BIN)/nbdev_clean
+	$(BIN)/python tests/make_readme.py
 
 # Ratios of time and memory, measured in one run.
 bench: .venv/installed

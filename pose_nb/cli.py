@@ -14,7 +14,7 @@ from fastcore.docments import docments
 import pose_nb
 from .common import PoseError, check, write_atomic
 
-# %% ../nbs/11_cli.ipynb #dfb46467
+# %% ../nbs/11_cli.ipynb #33ccfeec
 def tokens(
     text:str,  # "2048", "2k" or "2K"
 )->int: # Tokens
@@ -27,11 +27,15 @@ def token_list(
     text:str,  # "256,512,1k"
 )->list: # Tokens
     "Several numbers of tokens, separated by commas."
-    return [tokens(t) for t in text.split(',') if t.strip()]
+    found = [tokens(t) for t in text.split(',') if t.strip()]
+    if not found: raise argparse.ArgumentTypeError("the list is empty; write lengths such as 256,512,1k")
+    return found
 
 def _json(text):
-    try: return json.loads(text)
+    try: value = json.loads(text)
     except ValueError: raise argparse.ArgumentTypeError(f"'{text}' is not JSON (such as '{{\"min_lr_rate\": 0.1}}')") from None
+    if isinstance(value, dict): return value
+    raise argparse.ArgumentTypeError(f"'{text}' is not a JSON object (such as '{{\"min_lr_rate\": 0.1}}')")
 
 _CONVERT = {'int': tokens, 'float': float, 'list': token_list, 'dict': _json}
 
@@ -86,7 +90,7 @@ def find_verb(
     known = ', '.join(' '.join(v) for v in VERBS)
     raise PoseError(f"unknown command '{' '.join(argv[:1])}'; choose one of: {known}.")
 
-# %% ../nbs/11_cli.ipynb #781a5efe
+# %% ../nbs/11_cli.ipynb #2ba232bc
 def show(
     result,         # What a verb returned
     as_json:bool,   # Print JSON instead of text
@@ -94,7 +98,7 @@ def show(
     "Print a result for people or for programs."
     if as_json: print(json.dumps(result, indent=2, default=str))
     elif isinstance(result, dict) and 'text' in result: print(result['text'])
-    elif isinstance(result, dict): print('\n'.join(f'{k}: {v}' for k, v in result.items() if not isinstance(v, (dict, list))))
+    elif isinstance(result, dict): print('\n'.join(f'{k}: {v}' for k, v in (result | result.get('result', {})).items() if not isinstance(v, (dict, list))))
 
 def resume_command(
     argv:list,  # The words of the command that was stopped
@@ -104,7 +108,21 @@ def resume_command(
     if i is not None: argv = argv[:i] + argv[i + 1 + (i + 1 < len(argv) and not argv[i + 1].startswith('--') and '=' not in argv[i]):]
     return 'pose_nb ' + shlex.join(argv) + ' --resume-from-checkpoint'
 
-# %% ../nbs/11_cli.ipynb #01f6d319
+# %% ../nbs/11_cli.ipynb #f105f5e5
+def _what_remains(output_dir, argv):
+    "What an interrupted command left: a checkpoint to go on from, or nothing worth keeping."
+    run = argv[:1] == ['extend'] and (Path(output_dir)/'pose_nb.json').exists()
+    if run and any(Path(output_dir).glob('checkpoint-*')): return f'the last checkpoint is whole; continue with:\n  {resume_command(argv)}'
+    return f'{output_dir} holds no checkpoint to continue from; start again with a new --output-dir.' if run else 'nothing was saved.'
+
+def _sentence(e):
+    "What to say about an error, or '' for a defect of this program, whose traceback is worth more than a sentence."
+    if isinstance(e, PoseError): return str(e)
+    if isinstance(e, OSError): return f"{e.strerror or e}{f' ({e.filename})' if e.filename else ''}; check the disk and the permissions, then run the command again."
+    if isinstance(e, MemoryError) or 'out of memory' in str(e) or "can't allocate memory" in str(e): return 'there is not enough memory; use a smaller window, target or batch, or --gradient-checkpointing.'
+    return ''
+
+# %% ../nbs/11_cli.ipynb #567e27dc
 def run_verb(
     argv:list,  # Words after `pose_nb`
 )->int: # Exit code
@@ -116,7 +134,8 @@ def run_verb(
     parser.add_argument('--json', action='store_true', help='Print the result as JSON')
     args = vars(parser.parse_args(rest))
     as_json = args.pop('json')
-    result = func(**args)
+    try: result = func(**args)
+    except KeyboardInterrupt: raise KeyboardInterrupt(_what_remains(args.get('output_dir'), argv)) from None
     show(result, as_json)
     if isinstance(result, dict) and result.get('status') == 'stopped':
         print(f"stopped after step {result['result']['steps']}; continue with:\n  {resume_command(argv)}", file=sys.stderr)
@@ -132,9 +151,11 @@ def main(
     if argv[0] in ('-V', '--version'): print(pose_nb.__version__); return 0
     warnings.showwarning = lambda message, *_, **__: print(f'pose_nb: warning: {message}', file=sys.stderr)
     try: return run_verb(argv)
-    except PoseError as e: print(f'pose_nb: {e}', file=sys.stderr); return 2
-    except KeyboardInterrupt: print('\npose_nb: interrupted before training; nothing was saved, and nothing was lost.', file=sys.stderr); return 130
     except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()); return 0
+    except KeyboardInterrupt as e: print(f"\npose_nb: interrupted; {str(e) or 'nothing was saved.'}", file=sys.stderr); return 130
+    except Exception as e:
+        if not _sentence(e): raise
+        print(f'pose_nb: {_sentence(e)}', file=sys.stderr); return 2
 
 # %% ../nbs/11_cli.ipynb #7769cdec
 #| eval: false

@@ -43,7 +43,7 @@ def stdlib_documents(
     check(docs, "this Python has no standard-library source files; pass your own data with --data.")
     return docs
 
-# %% ../nbs/04_data.ipynb #b2750455
+# %% ../nbs/04_data.ipynb #239a74fb
 _STRUCTURED = {'.jsonl': 'json', '.json': 'json', '.jsonl.gz': 'json', '.json.gz': 'json', '.parquet': 'parquet'}
 
 def _format(path:Path):
@@ -52,17 +52,23 @@ def _format(path:Path):
 
 def _read_text(path:Path):
     "A UTF-8 text file as one document."
-    raw = path.read_bytes()
-    check(b'\0' not in raw[:65536], f"{path} is a binary file; pass UTF-8 text, JSON lines or parquet.")
+    try: raw = path.read_bytes()
+    except OSError as e: raise PoseError(f"{path} cannot be read ({e.strerror}); check its permissions, or pass another file.") from None
+    check(b'\0' not in raw, f"{path} is a binary file; pass UTF-8 text, JSON lines or parquet.")
     try: return raw.decode('utf-8-sig')
     except UnicodeDecodeError as e:
         raise PoseError(f"{path} is not UTF-8 (byte {e.start} is 0x{raw[e.start]:02x}); convert it, for example with: iconv -f latin1 -t utf-8.") from None
 
-# %% ../nbs/04_data.ipynb #07b294da
+# %% ../nbs/04_data.ipynb #caa452af
+def _rows(ds, source):
+    "The rows of a dataset; text is decoded only here."
+    try: yield from ds
+    except UnicodeDecodeError: raise PoseError(f"{source} holds text that is not UTF-8; convert it, for example with: iconv -f latin1 -t utf-8.") from None
+
 def _column(ds, text_field:str, source:str):
     "The texts of a `datasets.Dataset`, one document per row."
     check(text_field in ds.column_names, f"{source} has no field '{text_field}'; it has: {', '.join(ds.column_names)}. Name one with --text-field.")
-    for row in ds.select_columns([text_field]):
+    for row in _rows(ds.select_columns([text_field]), source):
         if isinstance(row[text_field], str): yield row[text_field]
         elif row[text_field] is not None:
             raise PoseError(f"field '{text_field}' of {source} holds {type(row[text_field]).__name__}, not text; name a text field with --text-field.")
@@ -70,8 +76,8 @@ def _column(ds, text_field:str, source:str):
 def _read_structured(path:Path, text_field:str):
     "The documents of one JSON-lines or parquet file, through `datasets`."
     from datasets import load_dataset
-    from datasets.utils.logging import disable_progress_bar
-    disable_progress_bar()
+    from datasets.utils import logging
+    logging.disable_progress_bar(); logging.set_verbosity(logging.CRITICAL)     # the sentence below says it
     try: ds = load_dataset(_format(path), data_files=str(path), split='train')
     except Exception as e:
         cause = str(e.__cause__ or e).strip().splitlines()[0]
@@ -139,15 +145,15 @@ def tokenize(
     check(parts, "there is no document to tokenise; pass data with at least one non-empty document.")
     return TokenStore(np.concatenate(parts), np.concatenate([[0], np.cumsum([len(p) for p in parts])]).astype(np.int64))
 
-# %% ../nbs/04_data.ipynb #b3887b6d
+# %% ../nbs/04_data.ipynb #a8363242
 def save_store(
     store:TokenStore,  # The store
     path:str|Path,     # A folder; it is created
 )->Path: # `path`
     "Write a token store; `store.json` is written last and marks it as whole."
-    path = Path(path); path.mkdir(parents=True, exist_ok=True)
-    try: np.save(path/'tokens.npy', store.tokens); np.save(path/'offsets.npy', store.offsets)
-    except OSError as e: raise PoseError(f"cannot write tokens to {path}: {e.strerror}; free some space or choose another folder.") from e
+    path = Path(path)
+    try: path.mkdir(parents=True, exist_ok=True); np.save(path/'tokens.npy', store.tokens); np.save(path/'offsets.npy', store.offsets)
+    except OSError as e: raise PoseError(f"cannot write tokens to {path}: {e.strerror or e}; free some space or choose another folder.") from e
     write_json(path/'store.json', dict(documents=len(store), tokens=len(store.tokens)))
     return path
 
@@ -156,9 +162,10 @@ def load_store(
 )->TokenStore: # The same store, memory-mapped
     "Open a token store. Raises `PoseError` if it is missing or its files disagree with its record."
     path, info = Path(path), read_json(Path(path)/'store.json')
+    check(isinstance(info, dict) and 'tokens' in info, f"{path}/store.json is not the record of a token store; delete the folder and run again.")
     try: tokens, offsets = (np.load(path/f'{n}.npy', mmap_mode='r', allow_pickle=False) for n in ('tokens', 'offsets'))
-    except (OSError, ValueError) as e: raise PoseError(f"the token store {path} is damaged ({e}); delete the folder and run again.") from None
-    check(len(tokens) == info['tokens'] == offsets[-1], f"the token store {path} is damaged: it records {info['tokens']} tokens and holds {len(tokens)}; delete the folder and run again.")
+    except (OSError, ValueError, EOFError) as e: raise PoseError(f"the token store {path} is damaged ({e}); delete the folder and run again.") from None
+    check(len(offsets) and len(tokens) == info['tokens'] == offsets[-1], f"the token store {path} is damaged: it records {info['tokens']} tokens and holds {len(tokens)}; delete the folder and run again.")
     return TokenStore(tokens, offsets)
 
 # %% ../nbs/04_data.ipynb #f1fb76dd

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['save_extended', 'write_record', 'read_record', 'check_reload', 'markdown_table', 'write_card', 'claim_folder']
 
-# %% ../nbs/10_export.ipynb #4826a56a
-import os, shutil, tempfile
+# %% ../nbs/10_export.ipynb #4fe24f13
+import json, os, shutil, tempfile
 from pathlib import Path
 
 import torch
@@ -14,13 +14,14 @@ import torch
 from .common import PoseError, check, environment, read_json, write_atomic, write_json
 from .model import load_model, rope_info, rotary_modules
 
-# %% ../nbs/10_export.ipynb #58e6e80f
+# %% ../nbs/10_export.ipynb #c34ad338
 def _write_model(model, tokenizer, folder:Path):
     "Model and tokenizer as stock transformers writes them, with the three corrections."
     model.config.use_cache = True
     model.config.max_position_embeddings = int(model.config.max_position_embeddings)
     model.save_pretrained(folder)
     tokenizer.model_max_length = model.config.max_position_embeddings
+    for k in ('is_local', 'local_files_only'): tokenizer.init_kwargs.pop(k, None)     # how it was loaded here is nobody's business
     tokenizer.save_pretrained(folder)
 
 def save_extended(
@@ -30,23 +31,25 @@ def save_extended(
     record:dict=None,     # What `pose_nb.json` says besides versions and rotation
 )->Path: # `output_dir`
     "Write a folder that stock transformers loads with identical logits. Raises `PoseError` if there is no space, leaving no half model."
-    out = Path(output_dir); out.mkdir(parents=True, exist_ok=True)
-    tmp = Path(tempfile.mkdtemp(dir=out, prefix='.model-'))
+    out, tmp = Path(output_dir), None
     try:
+        out.mkdir(parents=True, exist_ok=True)
+        for left in out.glob('.model-*'): shutil.rmtree(left)      # of a save that was killed
+        tmp = Path(tempfile.mkdtemp(dir=out, prefix='.model-'))
         _write_model(model, tokenizer, tmp)
         (out/'config.json').unlink(missing_ok=True)
         for f in sorted(tmp.iterdir(), key=lambda f: f.name == 'config.json'): os.replace(f, out/f.name)
     except Exception as e:
         if isinstance(e, PoseError): raise
-        raise PoseError(f"the model could not be written to {out} ({str(e).splitlines()[0]}); free some space or choose another folder.") from e
-    finally: shutil.rmtree(tmp, ignore_errors=True)
+        raise PoseError(f"the model could not be written to {out} ({(str(e).splitlines() or [type(e).__name__])[0]}); free some space or choose another folder.") from e
+    finally: tmp and shutil.rmtree(tmp, ignore_errors=True)
     write_record(out, dict(rope=_rope_record(model)) | (record or {}))
     return out
 
 def _rope_record(model):
     "The rotation of a model as plain values."
     info = rope_info(model)
-    return dict(original=info.original, length=info.length, dim=info.dim, rope_parameters=model.config.rope_parameters)
+    return dict(original=info.original, length=info.length, dim=info.dim, scaling=info.scaling.name, rope_parameters=model.config.rope_parameters)
 
 # %% ../nbs/10_export.ipynb #87704e63
 def write_record(
@@ -66,7 +69,7 @@ def read_record(
     p = Path(output_dir)/'pose_nb.json'
     return read_json(p) if p.exists() else {}
 
-# %% ../nbs/10_export.ipynb #578b88a5
+# %% ../nbs/10_export.ipynb #801fe578
 def check_reload(
     output_dir,    # A saved folder
     model,         # The model that was saved
@@ -75,7 +78,7 @@ def check_reload(
     "Reload with stock transformers and compare the logits at the far end of the target. Raises `PoseError` if any differs."
     from transformers import AutoModelForCausalLM
     stock = AutoModelForCausalLM.from_pretrained(str(output_dir), dtype='auto').eval()
-    p = next(model.parameters())
+    p, tokens = next(model.parameters()), min(tokens, model.config.max_position_embeddings)
     ids = torch.arange(tokens)[None] % model.config.vocab_size
     pos = torch.arange(tokens)[None] + model.config.max_position_embeddings - tokens
     with torch.no_grad():
@@ -84,7 +87,7 @@ def check_reload(
     check(diff == 0, f"the saved model in {output_dir} gives other logits than the model in memory (by up to {diff:.2g}); do not use it and report this.")
     return diff
 
-# %% ../nbs/10_export.ipynb #04136270
+# %% ../nbs/10_export.ipynb #4327c8ba
 def _eval_section(out:Path):
     "Tables and figures of every evaluation in the folder."
     parts = []
@@ -99,15 +102,15 @@ def markdown_table(
 )->str: # A GitHub table
     "Rows as a Markdown table; floats get three significant digits or more."
     if not rows: return ''
-    show = lambda v: f'{v:.4g}' if isinstance(v, float) else str(v)
+    show = lambda v: f'{v:.4g}' if isinstance(v, float) else ' '.join(str(v).split()).replace('|', '\\|')
     lines = [list(rows[0])] + [['---'] * len(rows[0])] + [[show(v) for v in r.values()] for r in rows]
     return '\n'.join('| ' + ' | '.join(l) + ' |' for l in lines) + '\n'
 
-# %% ../nbs/10_export.ipynb #b955d0c9
+# %% ../nbs/10_export.ipynb #744dab31
 _CARD = """---
 library_name: transformers
 tags: [long-context, rope, {sampler}, {scaling}]
-base_model: {model}
+base_model: {base}
 ---
 
 # {title}
@@ -131,6 +134,10 @@ model, tokenizer = AutoModelForCausalLM.from_pretrained("{title}"), AutoTokenize
 One seed, one run. Perplexity and passkey retrieval say that far tokens are used, not that every long task works. Beyond {length:,} tokens nothing was trained or tested.
 """
 
+def _shown(source):
+    "A path by its last name, since a card travels; an id of the hub as it is."
+    return Path(source).resolve().name if Path(source).exists() else str(source)
+
 def write_card(
     output_dir,  # A result folder
 )->Path: # The card, `README.md`
@@ -138,13 +145,14 @@ def write_card(
     out, r = Path(output_dir), read_record(output_dir)
     check(r.get('rope'), f"{out} has no finished run to describe (no rope entry in pose_nb.json); finish the run with pose_nb extend first.")
     plan, env = r.get('plan', {}), r['environment']
+    plan = plan | {k: _shown(plan[k]) for k in ('model', 'data') if k in plan}
     made = [dict(what=k, value=v) for k, v in (plan | r.get('result', {})).items() if not isinstance(v, (dict, list))]
     made += [dict(what='software', value=', '.join(f'{k} {env[k]}' for k in ('pose_nb', 'torch', 'transformers'))), dict(what='hardware', value=env['hardware'])]
-    text = _CARD.format(title=out.name, sampler=plan.get('sampler', 'unknown'), scaling=plan.get('scaling', 'unknown'), model=Path(str(plan.get('model', 'unknown'))).name,
+    text = _CARD.format(title=out.resolve().name, sampler=plan.get('sampler', 'unknown'), scaling=plan.get('scaling', 'unknown'), base=json.dumps(plan.get('model', 'unknown'), ensure_ascii=False),
                         original=r['rope']['original'], length=r['rope']['length'], made=markdown_table(made), evals=_eval_section(out), url='https://github.com/pose-nb/pose_nb')
     return write_atomic(out/'README.md', text)
 
-# %% ../nbs/10_export.ipynb #ca4a12b0
+# %% ../nbs/10_export.ipynb #bbafc774
 def claim_folder(
     output_dir,        # Where a run wants to write
     resume:bool=False, # The run continues the one that is there
@@ -152,8 +160,10 @@ def claim_folder(
     "Make sure that a run may write here. Raises `PoseError` if the folder holds another run or other files."
     out = Path(output_dir)
     check(not out.exists() or out.is_dir(), f"{out} is a file; name a folder for --output-dir.")
-    used = out.exists() and any(out.iterdir())
-    check(resume or not used, f"{out} already holds {'another run' if (out/'pose_nb.json').exists() else 'files'}; choose a new --output-dir, or continue that run with --resume-from-checkpoint.")
-    try: out.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise PoseError(f"cannot create {out}: {e.strerror}; choose another --output-dir.") from None
+    run = (out/'pose_nb.json').exists()
+    check(run or not resume, f"{out} holds no run to resume; start without --resume-from-checkpoint.")
+    try: used = out.exists() and any(out.iterdir()); out.mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise PoseError(f"cannot create {out}: {e.strerror or e}; choose another --output-dir.") from None
+    check(resume or not (used and run), f"{out} already holds another run; choose a new --output-dir, or continue that run with --resume-from-checkpoint.")
+    check(resume or not used, f"{out} already holds files; choose a new or empty --output-dir.")
     return out

@@ -37,7 +37,7 @@ def load_config(
 
 def _first_line(e): return (str(e).strip().splitlines() or [type(e).__name__])[0].rstrip('.')
 
-# %% ../nbs/05_model.ipynb #a40014cb
+# %% ../nbs/05_model.ipynb #91e2752b
 def check_attention(
     attn_implementation:str=None,  # "sdpa", "eager", "flash_attention_2", ...; None lets transformers choose (sdpa)
 )->None:
@@ -57,9 +57,11 @@ def load_model(
     from transformers import AutoModelForCausalLM
     check_attention(attn_implementation)
     load_config(name_or_path, trust_remote_code)
-    try: model = AutoModelForCausalLM.from_pretrained(str(name_or_path), dtype=dtype or 'auto', attn_implementation=attn_implementation, trust_remote_code=trust_remote_code)
+    try: model, info = AutoModelForCausalLM.from_pretrained(str(name_or_path), dtype=dtype or 'auto', attn_implementation=attn_implementation, trust_remote_code=trust_remote_code, output_loading_info=True)
     except Exception as e:
         raise PoseError(f"the weights of '{name_or_path}' cannot be loaded ({_first_line(e)}); the checkpoint may be incomplete or damaged: copy or download it again.") from None
+    missing = sorted(info['missing_keys'])      # transformers would fill these with random numbers
+    check(not missing, f"the weights of '{name_or_path}' lack {len(missing)} tensors that its config.json asks for (the first is {missing[:1]}); the checkpoint is incomplete: copy or download it again.")
     return model.to(device or ('cuda' if torch.cuda.is_available() else 'cpu')).eval()
 
 def load_tokenizer(
@@ -100,15 +102,16 @@ def rope_info(
     scaling, rope_base, original = from_config(model.config)
     return RopeInfo(2*next(iter(modules.values())).inv_freq.numel(), rope_base, original, model.config.max_position_embeddings, scaling)
 
-# %% ../nbs/05_model.ipynb #139b1a05
+# %% ../nbs/05_model.ipynb #68de056f
 def set_scaling(
     model,           # A transformers model; changed in place
     scaling,         # A scheme of page Interpolation, such as `YaRN(8.)`
     target:int,      # Length to claim, in tokens; at least the original window
 ): # The same model
-    "Give a model the frequencies of `scaling`, always starting from its original ones. Raises `PoseError` if `target` is below the original window."
+    "Give a model the frequencies of `scaling`, always starting from its original ones. Raises `PoseError` if `target` is below the original window or above 2**24 tokens."
     info = rope_info(model)
     check(target >= info.original, f"target {target} is below the model's original window of {info.original} tokens; ask for at least {info.original}.")
+    check(target <= 2**24, f"target {target} is beyond {2**24:,} tokens, where positions are no longer exact in the float32 that models compute angles in; ask for a target of at most {2**24:,}.")
     to_config(model.config, scaling, info.base, info.original, target)
     for name, old in rotary_modules(model).items():
         model.set_submodule(name, type(old)(config=model.config).to(old.inv_freq.device))
@@ -140,7 +143,7 @@ def check_sliding_window(
     warnings.warn(msg)
     return msg
 
-# %% ../nbs/05_model.ipynb #161dbb31
+# %% ../nbs/05_model.ipynb #920aa13b
 @contextlib.contextmanager
 def _evaluating(model):
     "Run in evaluation mode without gradients; put the mode back."
@@ -156,10 +159,10 @@ def _relative(a, b): return ((a - b).float().abs().max() / b.float().abs().max()
 class SeamReport:
     "What the seam guard measured, as relative changes of the logits after the seam."
     perturbed:float   # After replacing every token of chunk 1; must be clearly above 0
-    shifted:float     # After adding a constant to all positions; must be about 0
+    shifted:float     # After adding a constant to all positions, without a gap; must be about 0
     closed:float      # After closing the gap; must be above 0
 
-# %% ../nbs/05_model.ipynb #5e409fd3
+# %% ../nbs/05_model.ipynb #f8aa9272
 def seam_guard(
     model,          # The model about to be trained, with its attention code and mode
     batch:dict,     # What the collator returns: input_ids, position_ids, attention_mask, each (batch, window)
@@ -178,7 +181,7 @@ def seam_guard(
     with _evaluating(model):
         ref = run(ids, pos)
         check(bool(torch.isfinite(ref).all()), "the model's logits are not finite numbers before training; its weights are damaged, or its precision is too low for it.")
-        report = SeamReport(_relative(run(other, pos), ref), _relative(run(ids, pos + shift), ref), _relative(run(ids, dense), ref))
+        report = SeamReport(_relative(run(other, pos), ref), _relative(run(ids, dense + shift), close := run(ids, dense)), _relative(close, ref))
     _judge(report, ref.dtype)
     return report
 

@@ -27,7 +27,7 @@ def practice_key(
     if rng.random() < .5: return draw_key(rng)
     return int(''.join(map(str, digit_string(int(rng.choice([1, 2, 3, 4, 5, 5, 5, 5])), rng)))) or 1
 
-# %% ../nbs/08b_practice.ipynb #2ab622c9
+# %% ../nbs/08b_practice.ipynb #8cae60f4
 class PasskeyDocuments:
     "A generator of windows that end in a passkey document with its answer: `(length, rng) -> (ids, weights)`."
     def __init__(self,
@@ -37,15 +37,16 @@ class PasskeyDocuments:
         shortest:int=100,   # Tokens of the shortest document, where the window allows
         margin:int=16,      # The longest document is this much shorter than the window
         real:float=.25,     # Share of documents with real text as garbage, in [0, 1]
+        behind:float=0.,    # Share of windows in which text also follows the document, in [0, 1]
     ):
         self.encode = lambda text: np.array(_encode(tokenizer, text), np.int64)
-        self.store, self.weight, self.shortest, self.margin, self.real = store, weight, shortest, margin, real
+        self.store, self.weight, self.shortest, self.margin, self.real, self.behind = store, weight, shortest, margin, real, behind
         self.head = np.array([i for i in [_tokenizer_bos(tokenizer, None)] if i is not None] + _encode(tokenizer, TASK + '\n'), np.int64)
         self.end = np.array(_encode(tokenizer, '.') + [i for i in [tokenizer.eos_token_id] if i is not None], np.int64)
         self.garbage = self.encode(GARBAGE * 40)
         self.least = len(self._document(99_999, 0, np.random.default_rng(0))[0])
 
-# %% ../nbs/08b_practice.ipynb #7d86798c
+# %% ../nbs/08b_practice.ipynb #05b78dba
 from fastcore.basics import patch
 
 def random_text(
@@ -61,9 +62,9 @@ def random_text(
 @patch
 def _document(self:PasskeyDocuments, key, n, rng):
     "A document around `n` tokens of garbage, and how many tokens at its end are the answer."
-    fill = random_text(self.store, n, rng) if rng.random() < self.real else np.resize(self.garbage, n)
-    cut = int(rng.integers(0, n + 1))
-    before, after = (fill[:cut], fill[cut:]) if rng.random() < .5 else (np.resize(fill, cut), fill[:n - cut])
+    cut, fill = int(rng.integers(0, n + 1)), np.resize(self.garbage, n)
+    before, after = fill[:cut], fill[:n - cut]
+    if rng.random() < self.real: before, after = np.split(random_text(self.store, n, rng), [cut])
     answer = np.concatenate([self.encode(f'{QUESTION} {key}')[len(self.encode(QUESTION)):], self.end])
     return np.concatenate([self.head, before, self.encode('\n' + INFO.format(k=key) + '\n'), after, self.encode('\n' + QUESTION), answer]), len(answer)
 
@@ -77,8 +78,10 @@ def __call__(self:PasskeyDocuments,
     check(top >= self.least, f"a window of {length} tokens is too short for passkey documents; with this tokenizer it needs {self.least + self.margin}.")
     size = int(rng.integers(min(max(self.shortest, self.least), top), top + 1))
     doc, n = self._document(practice_key(rng), size - self.least, rng)
-    ids = np.concatenate([random_text(self.store, max(length - len(doc), 0), rng), doc])[-length:]
-    weights = np.ones(length, np.float32); weights[-n:] = self.weight
+    doc, spare = doc[-length:], length - min(len(doc), length)
+    front = int(rng.integers(0, spare + 1)) if rng.random() < self.behind else spare
+    ids = np.concatenate([random_text(self.store, front, rng), doc, random_text(self.store, spare - front, rng)])
+    weights = np.ones(length, np.float32); weights[front + len(doc) - n:front + len(doc)] = self.weight
     return ids, weights
 
 # %% ../nbs/08b_practice.ipynb #b2802e57

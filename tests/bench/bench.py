@@ -1,0 +1,154 @@
+"""Ratios of time and memory, each measured in one run on this machine.
+
+    python tests/bench/bench.py [--quick] [--out FILE.json]
+
+Times are medians of interleaved repeats (A B C A B C ...), so that a machine whose speed drifts slows all of them alike.
+Peak memory is that of a fresh process per configuration, less the same process before its first step.
+"""
+import argparse, json, os, random, statistics, subprocess, sys, time
+from pathlib import Path
+
+os.environ.setdefault('HF_HUB_OFFLINE', '1')
+import numpy as np, torch
+
+WINDOW, ROWS = 256, 4
+CUDA = torch.cuda.is_available()
+
+
+def model_and_step(kind, multiple, window=WINDOW, rows=ROWS):
+    "A function that does one training step: draw windows, forward, backward, AdamW."
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from pose_nb.data import TokenStore, WindowDataset, collate
+    from pose_nb.positions import Contiguous, FullLength, PoSE
+    from pose_nb.train import LossModel, label_weight
+    torch.manual_seed(0)
+    device = 'cuda' if CUDA else 'cpu'
+    model = LossModel(LlamaForCausalLM(LlamaConfig(vocab_size=1024, hidden_size=128, intermediate_size=352, num_hidden_layers=3, num_attention_heads=4,
+                                                   max_position_embeddings=window*max(multiple, 1))).to(device).train())
+    tokens = np.random.default_rng(0).integers(0, 1024, 600_000).astype(np.int32)
+    target = window * multiple
+    sampler = {'pose': lambda: PoSE(window, target), 'contiguous': lambda: Contiguous(window, window), 'full': lambda: FullLength(target)}[kind]()
+    data = WindowDataset(TokenStore(tokens, np.arange(0, 600_001, 20_000)), sampler)
+    opt, state = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True), dict(i=0)
+    def step():
+        batch = {k: v.to(device) for k, v in collate([data[state['i'] + j] for j in range(rows)]).items()}
+        state['i'] += rows
+        (model(batch) / label_weight(batch)).backward()
+        opt.step(); opt.zero_grad(set_to_none=True)
+        if CUDA: torch.cuda.synchronize()
+    return step
+
+
+def interleaved(steps, repeats, warm=2):
+    "{name: times in seconds}, the steps taken in turn."
+    times = {n: [] for n in steps}
+    for r in range(repeats + warm):
+        for n, f in steps.items():
+            t = time.perf_counter(); f(); dt = time.perf_counter() - t
+            if r >= warm: times[n].append(dt)
+    return times
+
+
+def paired_ratio(a, b):
+    "Median of the ratios a/b, pair by pair."
+    return statistics.median(x / y for x, y in zip(a, b))
+
+
+def peak_of(*words):
+    "Peak memory in MiB that a fresh process needs above its start, by calling this file with `--peak`."
+    out = subprocess.run([sys.executable, __file__, '--peak', *map(str, words)], capture_output=True, text=True, check=True).stdout
+    return float(out.strip().splitlines()[-1])
+
+
+def proc_status(key):
+    "A memory figure of this process in MiB, from Linux's /proc/self/status."
+    return int(next(l for l in Path('/proc/self/status').read_text().splitlines() if l.startswith(key)).split()[1]) / 1024
+
+
+def peak_above(f, repeats=2):
+    "Peak MiB that calling `f` needs above what is held before (GPU memory if there is a GPU, else resident memory)."
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats(); start = torch.cuda.memory_allocated() / 2**20
+    else:
+        Path('/proc/self/clear_refs').write_text('5'); start = proc_status('VmRSS')   # 5 resets the high-water mark
+    for _ in range(repeats): f()
+    return (torch.cuda.max_memory_allocated() / 2**20 if CUDA else proc_status('VmHWM')) - start
+
+
+def peak_step(kind, multiple):
+    return peak_above(model_and_step(kind, int(multiple)))
+
+
+def peak_loss(kind, tokens=4096, vocab=32_000, width=128):
+    "Peak memory of the loss of one window, forwards and backwards."
+    from pose_nb.train import chunked_loss
+    head, hidden = torch.nn.Linear(width, vocab, bias=False), torch.randn(1, tokens, width, requires_grad=True)
+    labels = torch.randint(0, vocab, (1, tokens))
+    naive = lambda: torch.nn.functional.cross_entropy(head(hidden)[0, :-1].float(), labels[0, 1:], reduction='sum')
+    return peak_above(lambda: (chunked_loss(hidden, head, labels) if kind == 'chunked' else naive()).backward(), 1)
+
+
+def bench_steps(repeats):
+    "PoSE at 2x to 512x, Full-length at 2x to 8x (Figure 3's analogue)."
+    configs = [('pose', m) for m in (2, 8, 64, 512)] + [('full', m) for m in (2, 4, 8)]
+    times = interleaved({c: model_and_step(*c) for c in configs}, repeats)
+    base = times['pose', 2]
+    rows = [dict(method=k, target=f'{m}x', step_time=paired_ratio(times[k, m], base), memory_mib=peak_of(k, m)) for k, m in configs]
+    for r in rows: r['memory'] = r['memory_mib'] / rows[0]['memory_mib']
+    return rows
+
+
+def bench_overhead(repeats):
+    "A PoSE step against the same step with contiguous positions."
+    t = interleaved({'pose': model_and_step('pose', 8), 'contiguous': model_and_step('contiguous', 1)}, repeats)
+    r = [a / b for a, b in zip(t['pose'], t['contiguous'])]
+    q = statistics.quantiles(r, n=4)
+    return [dict(pose_over_contiguous=statistics.median(r), quartile_low=q[0], quartile_high=q[2], pairs=len(r))]
+
+
+def loop_draw(ids, window, target):
+    "One example as a Python loop draws it: random.randint, list slices and lists of positions (as the released preprocessing does)."
+    n = min(len(ids), window)
+    first, end, skip = random.randint(1, (n + 1) // 2), random.randint(n, len(ids)), random.randint(0, target - n)
+    return ids[:first] + ids[end - (n - first):end], list(range(first)) + list(range(skip + first, skip + n))
+
+
+def bench_draw(repeats, window=2048, target=16_384, n=128):
+    "Examples per second of the vectorised draw against the loop, both ending in arrays of token indices and positions."
+    from pose_nb.positions import PoSE
+    sampler, ids, lens = PoSE(window, target, first_chunk='code'), list(range(5*window)), np.full(n, 5*window)
+    rng = np.random.default_rng(0)
+    def loop(): return [loop_draw(ids, window, target) for _ in range(n)]
+    def loop_arrays(): return [np.array(x, np.int64) for x in zip(*[loop_draw(ids, window, target) for _ in range(n)])]
+    t = interleaved({'vectorised': lambda: sampler.batch(lens, rng), 'loop, lists': loop, 'loop, arrays': loop_arrays}, repeats)
+    return [dict(against=k, speedup=paired_ratio(t[k], t['vectorised']), vectorised_us=statistics.median(t['vectorised'])/n*1e6, loop_us=statistics.median(t[k])/n*1e6)
+            for k in ('loop, lists', 'loop, arrays')]
+
+
+def bench_loss():
+    "Peak memory of the loss at a vocabulary of 32,000 and 4,096 tokens."
+    naive, chunked = peak_loss_of('naive'), peak_loss_of('chunked')
+    return [dict(loss='naive', peak_mib=naive, ratio=1.), dict(loss='chunked', peak_mib=chunked, ratio=chunked / naive)]
+
+
+def peak_loss_of(kind): return peak_of('loss', kind)
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__)
+    p.add_argument('--quick', action='store_true', help='few repeats: does it run?')
+    p.add_argument('--threads', type=int, default=1)
+    p.add_argument('--out', help='write the results as JSON')
+    p.add_argument('--peak', nargs=2, help=argparse.SUPPRESS)
+    a = p.parse_args()
+    torch.set_num_threads(a.threads)
+    if a.peak: return print(peak_loss(a.peak[1]) if a.peak[0] == 'loss' else peak_step(*a.peak))
+    from pose_nb.common import environment
+    k = 3 if a.quick else 1
+    results = dict(steps=bench_steps(9 // k), overhead=bench_overhead(150 // k**3), draw=bench_draw(40 // k), loss=bench_loss(), environment=environment())
+    text = json.dumps(results, indent=2)
+    if a.out: Path(a.out).write_text(text + '\n')
+    print(text)
+
+
+if __name__ == '__main__': main()

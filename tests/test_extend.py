@@ -1,0 +1,149 @@
+"One command extends a model; what it leaves behind is the same model for everyone."
+import contextlib, io, json, subprocess, sys
+
+import pytest, torch
+from conftest import TARGET, WINDOW, command, extend_args
+
+from pose_nb.data import read_documents
+from pose_nb.model import load_model, load_tokenizer, rope_info
+from pose_nb.workflow import extend
+
+KINDS = ('llama', 'mistral', 'qwen2')
+STOCK = """
+import sys, torch, transformers
+m = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1]); t = transformers.AutoTokenizer.from_pretrained(sys.argv[1])
+assert not any(n.startswith('pose_nb') for n in sys.modules)
+n = m.config.max_position_embeddings
+pos = torch.arange(n - 48, n)[None]
+with torch.no_grad(): logits = m(torch.arange(48)[None], position_ids=pos, attention_mask=torch.ones_like(pos)).logits
+torch.save(dict(logits=logits, ids=t('the sea sings: 123').input_ids, length=n, model_max_length=t.model_max_length), sys.argv[2])
+"""
+
+
+def only_json(text):
+    "The one JSON object that stdout must be."
+    obj, end = json.JSONDecoder().raw_decode(text)
+    assert not text[end:].strip(), 'something besides the JSON was printed'
+    return obj
+
+
+@pytest.fixture(scope='module')
+def results(checkpoint, corpus, tmp_path_factory):
+    "kind -> (folder, record, base). Llama is extended by the installed command; a second and third start of Python would only test Python."
+    from pose_nb.cli import main
+    made = {}
+    def get(kind):
+        if kind in made: return made[kind]
+        base, out = checkpoint(kind, bos=kind != 'qwen2'), tmp_path_factory.mktemp('out')/'result'
+        words = extend_args(base, corpus.jsonl, out, json=True)
+        if kind == 'llama':
+            r = subprocess.run(command(*words), capture_output=True, text=True)
+            assert r.returncode == 0, r.stderr
+            code, printed = r.returncode, r.stdout
+        else:
+            with contextlib.redirect_stdout(io.StringIO()) as f: code = main(words)
+            printed = f.getvalue()
+        assert code == 0
+        made[kind] = out, only_json(printed), base
+        return made[kind]
+    return get
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_result_is_a_checkpoint_for_stock_transformers(kind, results, tmp_path):
+    out, record, base = results(kind)
+    subprocess.run([sys.executable, '-c', STOCK, str(out), str(tmp_path/'x.pt')], check=True) if kind == 'llama' else exec_stock(out, tmp_path/'x.pt')
+    stock = torch.load(tmp_path/'x.pt')
+    assert stock['length'] == stock['model_max_length'] == TARGET
+    assert stock['ids'] == load_tokenizer(base)('the sea sings: 123').input_ids
+    model = load_model(out, device='cpu')
+    pos = torch.arange(TARGET - 48, TARGET)[None]
+    with torch.no_grad(): assert torch.equal(stock['logits'], model(torch.arange(48)[None], position_ids=pos, attention_mask=torch.ones_like(pos)).logits)
+
+
+def exec_stock(out, to):
+    "What STOCK does, in this process: a start of Python is spent on one architecture only."
+    import transformers
+    m, t = transformers.AutoModelForCausalLM.from_pretrained(out), transformers.AutoTokenizer.from_pretrained(out)
+    pos = torch.arange(TARGET - 48, TARGET)[None]
+    with torch.no_grad(): logits = m(torch.arange(48)[None], position_ids=pos, attention_mask=torch.ones_like(pos)).logits
+    torch.save(dict(logits=logits, ids=t('the sea sings: 123').input_ids, length=m.config.max_position_embeddings, model_max_length=t.model_max_length), to)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_vocabulary_and_config_survive(kind, results, corpus):
+    out, record, base = results(kind)
+    config, old = (json.loads((d/'config.json').read_text()) for d in (out, base))
+    assert type(config['max_position_embeddings']) is int and config['max_position_embeddings'] == TARGET
+    assert config['rope_parameters']['rope_type'] == 'yarn' and config['rope_parameters']['factor'] == TARGET / WINDOW
+    assert config['vocab_size'] == old['vocab_size'] and config.get('use_cache', True)
+    a, b = load_tokenizer(base), load_tokenizer(out)
+    assert a.get_vocab() == b.get_vocab() and a.special_tokens_map == b.special_tokens_map
+    for t in (*corpus.texts[:3], 'naïve 你好\n\t 42'): assert a(t).input_ids == b(t).input_ids
+    x, y = (load_model(d, device='cpu') for d in (base, out))
+    assert {n: p.shape for n, p in x.named_parameters()} == {n: p.shape for n, p in y.named_parameters()}
+    assert any(not torch.equal(p, q) for p, q in zip(x.parameters(), y.parameters())), 'three steps change something'
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_record_and_card_say_how_it_was_made(kind, results):
+    out, printed, base = results(kind)
+    record = json.loads((out/'pose_nb.json').read_text())
+    assert record == printed and record['status'] == 'done'
+    assert record['plan']['target'] == TARGET and record['plan']['window'] == WINDOW and record['plan']['sampler'] == 'pose'
+    assert record['settings']['max_steps'] == 3 and record['settings']['seed'] == 0
+    assert record['data']['used'] + record['data']['short'] == record['data']['documents'] == 40
+    assert record['result']['peak_gib'] > 0 and record['result']['tokens'] == 3 * WINDOW and record['result']['steps'] == 3
+    assert {'torch', 'transformers', 'pose_nb', 'hardware'} <= set(record['environment'])
+    card = (out/'README.md').read_text()
+    assert f'{WINDOW} to {TARGET}' in card and 'Not evaluated' in card and card.startswith('---\n')
+    assert not [p.name for p in out.iterdir() if p.name.startswith('.')], 'no temporary files stay behind'
+
+
+SAMPLERS = [('pose', dict(content=c, first_chunk=f, chunks=k)) for c in ('uniform', 'contiguous', 'aligned') for f, k in (('paper', 2), ('paper', 3), ('code', 2))] + \
+           [('contiguous', {}), ('full', {}), ('randpos', {})]
+
+@pytest.mark.parametrize('sampler,options', SAMPLERS, ids=lambda x: x if isinstance(x, str) else '-'.join(map(str, x.values())))
+def test_every_sampler_trains(sampler, options, checkpoint, corpus, tmp_path):
+    r = extend(checkpoint(), TARGET, corpus.jsonl, tmp_path/'o', sampler=sampler, max_steps=1, progress=False, **options)
+    assert r['status'] == 'done' and r['result']['tokens'] == (TARGET if sampler == 'full' else WINDOW)
+
+
+@pytest.mark.parametrize('scaling', ['none', 'linear', 'ntk', 'yarn', 'yarn_revised'])
+def test_every_scaling_trains_and_reads_back(scaling, checkpoint, corpus, tmp_path):
+    r = extend(checkpoint(), TARGET, corpus.jsonl, tmp_path/'o', scaling=scaling, max_steps=2, progress=False)
+    info = rope_info(load_model(tmp_path/'o', device='cpu'))
+    assert r['status'] == 'done' and info.length == TARGET
+    if scaling != 'ntk': assert (info.original, info.scaling.name) == (WINDOW, scaling)
+
+
+@pytest.mark.parametrize('kind', ['txt', 'jsonl', 'gz', 'parquet', 'folder'])
+def test_every_data_format_gives_its_documents(kind, checkpoint, corpus, tmp_path):
+    source = getattr(corpus, kind)
+    want = dict(txt=['\n'.join(corpus.texts)], folder=sorted(corpus.texts[:6])).get(kind, corpus.texts)
+    got = list(read_documents(source))
+    assert (sorted(got) if kind == 'folder' else got) == want
+    assert extend(checkpoint(), TARGET, source, tmp_path/'o', max_steps=1, progress=False)['data']['documents'] == len(want)
+
+
+def test_extending_twice_starts_from_the_original_window(results, corpus, tmp_path):
+    out, _, _ = results('llama')
+    r = extend(out, 4*TARGET, corpus.jsonl, tmp_path/'o', window=WINDOW, max_steps=1, progress=False)
+    info = rope_info(load_model(tmp_path/'o', device='cpu'))
+    assert (info.original, info.length, info.scaling.factor) == (WINDOW, 4*TARGET, 4*TARGET / WINDOW)
+
+
+def test_eval_commands_print_one_json_object(results, corpus, cli):
+    out, _, base = results('llama')
+    r = cli('eval', 'ppl', out, '--data', corpus.jsonl, '--lengths', '64,128', '--documents', '3', '--max-tokens', '256', '--compare', base, '--json')
+    rows = only_json(r.out)['rows']
+    assert r.code == 0 and [(x['model'], x['length']) for x in rows] == [(n, l) for n in ('result', 'base') for l in (64, 128)]
+    r = cli('eval', 'passkey', out, '--lengths', '256', '--trials', '2', '--compare', base, '--json')
+    assert r.code == 0 and [x['model'] for x in only_json(r.out)['rows']] == ['result', 'base']
+    card = (out/'README.md').read_text()
+    assert '### Perplexity' in card and '### Passkey' in card and (out/'eval'/'ppl.svg').exists()
+
+
+def test_coverage_command_prints_one_json_object(cli, tmp_path):
+    r = cli('coverage', '--window', '64', '--target', '256', '--plot', tmp_path/'c.svg', '--json')
+    assert r.code == 0 and only_json(r.out)['target'] == 256 and (tmp_path/'c.svg').exists()

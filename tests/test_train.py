@@ -1,0 +1,132 @@
+"The training loop computes what a textbook loop computes, however the work is sliced, batched or spread."
+import json, os, subprocess, sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest, torch, torch.nn.functional as F
+from conftest import make_model, make_texts, make_tokenizer
+from hypothesis import given, settings as hypothesis_settings, strategies as st
+
+from pose_nb.common import PoseError
+from pose_nb.data import WindowDataset, collate, tokenize
+from pose_nb.model import set_scaling
+from pose_nb.interpolation import YaRN
+from pose_nb.positions import PoSE
+from pose_nb.train import LossModel, TrainSettings, chunked_loss, head_guard, label_weight, step_indices, train
+
+KINDS = ('llama', 'mistral', 'qwen2')
+SETTINGS = TrainSettings(max_steps=4, per_device_train_batch_size=4, learning_rate=1e-3, warmup_steps=1)
+
+
+def dataset(): return WindowDataset(tokenize(make_texts(), make_tokenizer(), progress=False), PoSE(64, 256), seed=0, bos=0)
+def model(**kw): return set_scaling(make_model(**kw), YaRN(4.), 256)
+def losses(result): return [r['loss'] for r in result.history]
+def gradients(m): return {n: p.grad.clone() for n, p in m.named_parameters()}
+
+
+@pytest.mark.parametrize('chunk', [1, 7, 63, 64, 1000])
+@pytest.mark.parametrize('kind', KINDS)
+def test_sliced_loss_is_the_models_own_loss_with_its_gradients(kind, chunk):
+    batch, m = collate([dataset()[i] for i in range(2)]), make_model(kind).train()
+    n = (batch['labels'][:, 1:] != -100).sum()
+    own = m(**{k: v for k, v in batch.items() if k != 'loss_weights'}, use_cache=False).loss
+    own.backward(); want = gradients(m); m.zero_grad()
+    loss = LossModel(m, chunk)(batch) / n
+    loss.backward()
+    assert label_weight(batch) == n and abs(loss - own) < 1e-5
+    for k, g in gradients(m).items(): assert torch.allclose(g, want[k], atol=1e-6, rtol=1e-4), k
+
+
+@hypothesis_settings(deadline=None, max_examples=25)
+@given(st.integers(1, 3), st.integers(2, 20), st.integers(1, 50), st.integers(0, 10**6))
+def test_weights_and_masked_labels_count_as_in_the_textbook(rows, window, chunk, seed):
+    torch.manual_seed(seed)
+    hidden, head = torch.randn(rows, window, 8, requires_grad=True), torch.nn.Linear(8, 11)
+    labels, w = torch.randint(0, 11, (rows, window)), torch.rand(rows, window)
+    labels[torch.rand(rows, window) < .3] = -100; w[torch.rand(rows, window) < .3] = 0
+    p = head(hidden)[:, :-1].log_softmax(-1)
+    want = -sum(w[i, t + 1] * p[i, t, labels[i, t + 1]] for i in range(rows) for t in range(window - 1) if labels[i, t + 1] != -100)
+    got = chunked_loss(hidden, head, labels, w, chunk)
+    assert torch.allclose(got, torch.as_tensor(want), atol=1e-4)
+    if torch.is_tensor(want): assert torch.allclose(*(torch.autograd.grad(x, hidden)[0] for x in (got, want)), atol=1e-5)
+
+
+def test_sliced_loss_trains_the_head_in_bf16_autocast_too():
+    batch, m = collate([dataset()[0]]), make_model().train()
+    with torch.autocast('cpu', torch.bfloat16): LossModel(m, 16)(batch).backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() and p.grad.dtype == torch.float32 for p in m.parameters())
+
+
+@pytest.mark.parametrize('batch,accumulate', [(2, 2), (1, 4)])
+def test_accumulation_equals_one_large_batch(batch, accumulate):
+    one = train(a := model(), dataset(), SETTINGS, progress=False)
+    many = train(b := model(), dataset(), replace(SETTINGS, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate), progress=False)
+    assert max(abs(x - y) for x, y in zip(losses(one), losses(many))) < 1e-5
+    for (n, p), q in zip(a.named_parameters(), b.parameters()): assert torch.allclose(p, q, atol=2e-5), n
+
+
+@given(st.integers(1, 5), st.integers(1, 4), st.sampled_from([1, 2, 4]), st.integers(0, 9))
+def test_every_split_of_a_step_reads_the_same_examples(b, a, world, step):
+    s = TrainSettings(per_device_train_batch_size=b, gradient_accumulation_steps=a)
+    read = sorted(i for m in range(a) for r in range(world) for i in step_indices(step, m, s, r, world))
+    assert read == list(range(step * a * b * world, (step + 1) * a * b * world))
+
+
+WORKER = """
+import json, sys, torch
+torch.set_num_threads(1)
+sys.path.insert(0, sys.argv[1])
+from dataclasses import replace
+from test_train import SETTINGS, dataset, losses, model, train
+from accelerate import PartialState
+world = PartialState().num_processes
+r = train(m := model(), dataset(), replace(SETTINGS, per_device_train_batch_size=2, save_steps=2), sys.argv[2], resume=sys.argv[3] if len(sys.argv) > 3 else None, progress=False)
+if PartialState().is_main_process:
+    torch.save(dict(world=world, losses=losses(r), tokens=r.tokens, weights={n: p.detach() for n, p in m.named_parameters()}), sys.argv[2] + '/seen.pt')
+"""
+
+def two_processes(tmp_path, *more):
+    "The training loop in two CPU processes, as torchrun starts them."
+    (tmp_path/'worker.py').write_text(WORKER)
+    r = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', '--master_port', '0', str(tmp_path/'worker.py'), str(Path(__file__).parent), str(tmp_path/'run'), *more],
+                       env=os.environ | dict(ACCELERATE_USE_CPU='true', OMP_NUM_THREADS='1'), capture_output=True, text=True, timeout=300)
+    assert r.returncode == 0, r.stderr[-3000:]
+    return torch.load(tmp_path/'run'/'seen.pt')
+
+
+def test_two_processes_train_as_one(tmp_path):
+    seen, alone = two_processes(tmp_path), train(m := model(), dataset(), SETTINGS, progress=False)
+    assert seen['world'] == 2 and seen['tokens'] == alone.tokens
+    assert max(abs(x - y) for x, y in zip(seen['losses'], losses(alone))) < 1e-5
+    for n, p in m.named_parameters(): assert torch.allclose(p, seen['weights'][n], atol=2e-5), n
+    # what two processes saved, one can resume
+    r = train(model(), dataset(), SETTINGS, tmp_path/'run', resume=tmp_path/'run'/'checkpoint-2', progress=False)
+    assert r.step == 4 and max(abs(x - y) for x, y in zip(losses(r), losses(alone))) < 1e-5
+
+
+def test_bf16_runs_on_a_cpu_and_keeps_float32_weights():
+    r = train(m := model(), dataset(), replace(SETTINGS, bf16=True, max_steps=2), progress=False)
+    exact = train(model(), dataset(), replace(SETTINGS, max_steps=2), progress=False)
+    assert all(p.dtype == torch.float32 for p in m.parameters())
+    assert max(abs(x - y) for x, y in zip(losses(r), losses(exact))) < .05 and losses(r) != losses(exact)
+
+
+@pytest.mark.parametrize('kw', [dict(gradient_checkpointing=True), dict(dataloader_num_workers=2), dict(loss_chunk=5)], ids=lambda k: next(iter(k)))
+def test_how_it_is_computed_does_not_change_what_is_computed(kw):
+    a, b = (train(model(), dataset(), s, progress=False) for s in (SETTINGS, replace(SETTINGS, **kw)))
+    assert max(abs(x - y) for x, y in zip(losses(a), losses(b))) < 1e-5
+
+
+def test_two_runs_with_one_seed_are_equal_bit_for_bit_and_two_seeds_differ():
+    a, b = model(), model()
+    assert losses(train(a, dataset(), SETTINGS, progress=False)) == losses(train(b, dataset(), SETTINGS, progress=False))
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
+
+
+def test_a_model_that_changes_its_logits_is_refused():
+    m = model()
+    m.lm_head = torch.nn.Sequential(m.lm_head)
+    assert head_guard(LossModel(m), collate([dataset()[0]])) is None
+    real = m.forward
+    m.forward = lambda *a, **k: (lambda o: o.update(logits=torch.tanh(o.logits)) or o)(real(*a, **k))
+    with pytest.raises(PoseError, match='post-processes its logits'): head_guard(LossModel(m), collate([dataset()[0]]))
