@@ -62,7 +62,7 @@ def mark_window(
     ax.axvspan(lo, window, color='#0072B2', alpha=0.07, lw=0, zorder=0); ax.set_xlim(left=lo)
     if target: ax.axvline(target, color='0.4', ls='--', lw=1, zorder=1)
 
-# %% ../nbs/91_plots.ipynb #b5f5a1f6
+# %% ../nbs/91_plots.ipynb #9a08a54c
 def length_plot(
     results:dict,          # {model name: {length in tokens: value}}
     window:int=None,       # Training window in tokens, shaded

@@ -27,13 +27,13 @@ def practice_key(
     if rng.random() < .5: return draw_key(rng)
     return int(''.join(map(str, digit_string(int(rng.choice([1, 2, 3, 4, 5, 5, 5, 5])), rng)))) or 1
 
-# %% ../nbs/08b_practice.ipynb #8cae60f4
+# %% ../nbs/08b_practice.ipynb #e1b02e03
 class PasskeyDocuments:
     "A generator of windows that end in a passkey document with its answer: `(length, rng) -> (ids, weights)`."
     def __init__(self,
         tokenizer,          # A Hugging Face tokenizer
         store,              # `TokenStore` for the text in front and for real garbage
-        weight:float=5.,    # Loss weight of each answer token; all others weigh 1
+        weight:float=10.,   # Loss weight of each answer token; all others weigh 1
         shortest:int=100,   # Tokens of the shortest document, where the window allows
         margin:int=16,      # The longest document is this much shorter than the window
         real:float=.25,     # Share of documents with real text as garbage, in [0, 1]
