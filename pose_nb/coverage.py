@@ -7,31 +7,32 @@ __all__ = ['cross_probability', 'cuts', 'tail', 'two_chunk_probability', 'two_ch
            'tally_positions', 'Coverage', 'coverage', 'expected_pairs', 'plot_coverage', 'seen_after', 'never_seen',
            'examples_needed']
 
-# %% ../nbs/03_coverage.ipynb #17999b59
+# %% ../nbs/03_coverage.ipynb #d23b71b5
 from dataclasses import dataclass
 
 import matplotlib.pyplot as plt, numpy as np
 
 from .common import check, choose
-from .plots import color, mark_window, token_axis, use_style
-from .positions import FIRST_CHUNK, PoSE, RandPos, Sampler, Window, example_rng, plot_windows
+from .plots import color, mark_window, token_axis
+from .positions import FIRST_CHUNK, PoSE, RandPos, Sampler, Window, example_rng
 
-# %% ../nbs/03_coverage.ipynb #cc2c03e1
+# %% ../nbs/03_coverage.ipynb #4effa132
 def cross_probability(
     window:int,  # Tokens per example, at least 2
     target:int,  # Length to reach in tokens, more than `window`
 )->np.ndarray: # float64, shape (target,); entry r is for distance r, entry 0 is 0
-    "Probability that one two-chunk PoSE example has distance r between its chunks (from PoSE eq. 4; the cut does not matter)."
+    "Probability that one two-chunk PoSE example has distance r between its chunks (from PoSE eq. 4; the cut does not matter). Raises `PoseError` for sizes outside the ranges."
+    check(2 <= window < target, f"window {window} and target {target} do not fit; two chunks need a window of at least 2 and a longer target.")
     r, M = np.arange(target), target - window
     lowest, highest = np.maximum(0, r - window + 1), np.minimum(M, r - 1)
     return np.maximum(highest - lowest + 1, 0) / (M + 1)
 
-# %% ../nbs/03_coverage.ipynb #f995cb6f
+# %% ../nbs/03_coverage.ipynb #1099098f
 def cuts(
     window:int,            # Tokens per example, at least 2
     first_chunk:str,       # "paper" or "code"
 )->np.ndarray: # int64, 1-D: the possible lengths of the first chunk, all equally likely
-    "Where two chunks may be cut."
+    "Where two chunks may be cut (PoSE Figure 6, or the released code). Raises `PoseError` for an unknown rule."
     return np.arange(1, choose(first_chunk, FIRST_CHUNK, 'first-chunk rule')(window, 1) + 1)
 
 def tail(
@@ -42,36 +43,44 @@ def tail(
     count = np.bincount(values, minlength=size + 1)
     return count[::-1].cumsum()[::-1][1:size + 1] / len(values)
 
-# %% ../nbs/03_coverage.ipynb #de64293d
+# %% ../nbs/03_coverage.ipynb #620ce01e
 def two_chunk_probability(
     window:int,                # Tokens per example, at least 2
     target:int,                # Length to reach in tokens, more than `window`
     first_chunk:str='paper',   # Cut rule, "paper" or "code"
 )->np.ndarray: # float64, shape (target,); entry 0 is 0
-    "Exact probability that distance r occurs in one two-chunk PoSE example."
-    l, c = cuts(window, first_chunk), cross_probability(window, target)
+    "Exact probability that distance r occurs in one two-chunk PoSE example. Raises `PoseError` as `cross_probability` and `cuts` do."
+    c, l = cross_probability(window, target), cuts(window, first_chunk)
     q = tail(np.maximum(l, window - l), target)
     q[0] = 0
     return q + (1 - q) * c
 
-# %% ../nbs/03_coverage.ipynb #26d6ac60
+# %% ../nbs/03_coverage.ipynb #e28e9c40
 def two_chunk_pairs(
     window:int,                # Tokens per example, at least 2
     target:int,                # Length to reach in tokens, more than `window`
     first_chunk:str='paper',   # Cut rule, "paper" or "code"
 )->np.ndarray: # float64, shape (target,); entry 0 is 0, the sum is window (window - 1) / 2
-    "Exact expected number of token pairs at distance r in one two-chunk PoSE example."
-    l, d, M = cuts(window, first_chunk), np.arange(window), target - window
+    "Exact expected number of token pairs at distance r in one two-chunk PoSE example. Raises `PoseError` for sizes outside the ranges or an unknown rule."
+    check(2 <= window < target, f"window {window} and target {target} do not fit; two chunks need a window of at least 2 and a longer target.")
+    l, g, M = cuts(window, first_chunk), np.arange(window), target - window
     inside = sum(tail(x, target)[::-1].cumsum()[::-1] for x in (l, window - l))     # E[max(l - r, 0)], both chunks
     shorter = np.append(0, tail(np.minimum(l, window - l), window).cumsum())        # E[min(a, shorter chunk)] for a = 0, 1, ...
-    unmoved = np.pad(shorter[np.minimum(d, window - d)], (0, target - window))      # the trapezoid, averaged over cuts
+    unmoved = np.pad(shorter[np.minimum(g, window - g)], (0, target - window))      # the trapezoid, averaged over cuts
     total = unmoved.cumsum()
     across = (total - np.pad(total, (M + 1, 0))[:target]) / (M + 1)                      # averaged over skips 0 ... M
     pairs = inside + across
     pairs[0] = 0
     return pairs
 
-# %% ../nbs/03_coverage.ipynb #86e6397f
+# %% ../nbs/03_coverage.ipynb #2b9aee4b
+def _steady(w):
+    "Do positions advance by 1 inside each chunk?"
+    return ((np.diff(w.chunk_id) != 0) | (np.diff(w.position_ids) == 1)).all()
+
+def _check_reach(w, target):
+    check(w.position_ids.max() < target, f"position {w.position_ids.max()} is beyond the target {target}; pass the target of the sampler.")
+
 def chunk_runs(
     w:Window,  # A batch, arrays of shape (batch, window); positions advance by 1 inside a chunk
 )->tuple: # (starts, lengths), int64, each (batch, chunks): first position and tokens of each chunk
@@ -82,16 +91,13 @@ def chunk_runs(
     check(lengths.min() > 0, "examples of one batch have different numbers of chunks; tally them apart.")
     return np.take_along_axis(w.position_ids, lengths.cumsum(1) - lengths, 1), lengths
 
-# %% ../nbs/03_coverage.ipynb #8a41f309
-def _steady(w):
-    "Do positions advance by 1 inside each chunk?"
-    return ((np.diff(w.chunk_id) != 0) | (np.diff(w.position_ids) == 1)).all()
-
+# %% ../nbs/03_coverage.ipynb #04dd9308
 def tally_chunks(
-    w:Window,    # A batch, arrays of shape (batch, window)
-    target:int,  # Length to reach in tokens
+    w:Window,    # A batch, arrays of shape (batch, window), at least one example
+    target:int,  # Length to reach in tokens, above every position
 )->tuple: # (seen, pairs), float64, each (target,): examples that have distance r, and pairs at distance r in all of them
-    "Distances of a batch from its chunks alone; cost grows with chunks squared and not with the window squared."
+    "Distances of a batch from its chunks alone; cost grows with chunks squared and not with the window squared. Raises `PoseError` as `chunk_runs` does, or for a target too small."
+    _check_reach(w, target)
     s, l = chunk_runs(w)
     i, j = np.triu_indices(l.shape[1], 1)
     gap, li, lj = s[:, j] - s[:, i], l[:, i], l[:, j]
@@ -112,12 +118,13 @@ def _union(lows, highs, target):
     steps = np.bincount(lows[new], minlength=target + 1) - np.bincount(highs[new] + 1, minlength=target + 1)
     return steps.cumsum()[:target].astype(float)
 
-# %% ../nbs/03_coverage.ipynb #023392ed
+# %% ../nbs/03_coverage.ipynb #31c12f15
 def tally_positions(
-    w:Window,    # A batch, arrays of shape (batch, window)
-    target:int,  # Length to reach in tokens
+    w:Window,    # A batch, arrays of shape (batch, window), at least one example
+    target:int,  # Length to reach in tokens, above every position
 )->tuple: # (seen, pairs), float64, each (target,), as `tally_chunks`
-    "Distances of a batch of any positions, by autocorrelation of the occupied positions."
+    "Distances of a batch of any positions, by autocorrelation of the occupied positions. Raises `PoseError` for a target too small."
+    _check_reach(w, target)
     seen, pairs = np.zeros(target), np.zeros(target)
     for rows in np.array_split(w.position_ids, -(-len(w) * target // 2**20)):      # blocks of about a million positions
         used = np.zeros((len(rows), 2 * target))
@@ -166,7 +173,7 @@ def _counted(sampler, examples, seed):
         total += (tally_chunks if w.chunk_id.max() < 16 and _steady(w) else tally_positions)(w, sampler.target)
     return total / examples
 
-# %% ../nbs/03_coverage.ipynb #1ec46eab
+# %% ../nbs/03_coverage.ipynb #e2c99170
 def coverage(
     sampler:Sampler,      # Any position sampler
     examples:int=1000,    # Draws to count where nothing exact is known, at least 1
@@ -174,7 +181,7 @@ def coverage(
     exact:bool=True,      # False counts draws even where an exact form is known
     label:str=None,       # Name for tables and plots; None: the sampler's name, with its chunks
 )->Coverage: # Probability and pairs per distance
-    "How often each distance occurs in one example: exact where known, otherwise counted (Monte Carlo)."
+    "How often each distance occurs in one example: exact where known, otherwise counted (Monte Carlo). Raises `PoseError` for less than one example."
     check(examples >= 1, f"{examples} examples cannot be counted; ask for at least 1.")
     p, pairs = _exact(sampler) if exact else (None, None)
     known = p is not None, pairs is not None
@@ -184,10 +191,10 @@ def coverage(
 
 def expected_pairs(
     sampler:Sampler,     # Any position sampler
-    examples:int=1000,   # Draws to count where nothing exact is known
+    examples:int=1000,   # Draws to count where nothing exact is known, at least 1
     seed:int=0,          # Seed of those draws
 )->np.ndarray: # float64, shape (target,); entry 0 is 0
-    "Expected token pairs at distance r in one example; `coverage(sampler).exact_pairs` says whether this is exact."
+    "Expected token pairs at distance r in one example; `coverage(sampler).exact_pairs` says whether this is exact. Raises `PoseError` for less than one example."
     return coverage(sampler, examples, seed).pairs
 
 # %% ../nbs/03_coverage.ipynb #845fafe2
@@ -219,7 +226,7 @@ def plot_coverage(
     mark_window(ax, cs[0].window if cs[0].window < cs[0].target else 0, cs[0].target)
     return ax
 
-# %% ../nbs/03_coverage.ipynb #1b06de9d
+# %% ../nbs/03_coverage.ipynb #34f49431
 def seen_after(
     c:Coverage,  # From `coverage`
     k:int,       # Examples trained on, at least 1
@@ -232,18 +239,18 @@ def seen_after(
 def never_seen(
     c:Coverage,      # From `coverage`
     k:int,           # Examples trained on, at least 1
-    upto:int=None,   # Count the distances below this one; None: the target
+    upto:int=None,   # Count the distances below this one, 2 to the target; None: the target
 )->float: # Expected number of distances from 1 to `upto` - 1 that never occur
     "Expected number of distances still unseen after k examples."
     return float((1 - seen_after(c, k))[1:upto].sum())
 
-# %% ../nbs/03_coverage.ipynb #4584de9b
+# %% ../nbs/03_coverage.ipynb #6f3bbe44
 def examples_needed(
     c:Coverage,             # From `coverage`
     confidence:float=0.99,  # Wanted probability that nothing is missing, between 0 and 1
-    upto:int=None,          # Ask only for distances below this one; None: the target
+    upto:int=None,          # Ask only for distances below this one, 2 to the target; None: the target
 )->int: # Examples: with this many, all distances have occurred with at least that probability
-    "Smallest k with `never_seen(c, k, upto)` at most 1 - confidence (a union bound, so enough but perhaps not necessary). Raises `PoseError` if a distance cannot occur."
+    "Smallest k with `never_seen(c, k, upto)` at most 1 - confidence (a union bound, so enough but perhaps not necessary). Raises `PoseError` if a distance has probability 0."
     check(0 < confidence < 1, f"confidence {confidence} is not between 0 and 1.")
     never = np.flatnonzero(c.probability[1:upto] == 0) + 1
     why = 'never occur' if c.exact else f'did not occur in {c.examples} counted draws'

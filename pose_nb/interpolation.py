@@ -31,10 +31,10 @@ def _tokens(n, name):
     check(isinstance(n, Real) and not isinstance(n, bool) and math.isfinite(n) and n == int(n) and n >= 1, f"the {name} length is {n!r}; give a whole number of tokens, at least 1.")
     return int(n)
 
-# %% ../nbs/01_interpolation.ipynb #ee1a44ea
+# %% ../nbs/01_interpolation.ipynb #5d0e6db3
 @dataclass(frozen=True)
 class Scaling:
-    "What all schemes share. A scheme gives `ratio` and the keys it saves; calling it gives `(inv_freq, attention_factor)`."
+    "What all schemes share. A scheme has `ratio(dim, base, original)`, float64 (dim/2,), how many times slower each pair becomes; calling it gives `(inv_freq, attention_factor)`."
     factor:float             # How many times longer the context becomes, `s`; at least 1
     name:ClassVar[str] = ''  # The scheme's name
 
@@ -96,10 +96,10 @@ class Linear(Scaling):
     def ratio(self, dim, base, original): return torch.full((int(dim) // 2,), self.factor, dtype=torch.float64)
     def _saved(self, dim, base, original): return {'rope_type': 'linear', 'factor': self.factor}
 
-# %% ../nbs/01_interpolation.ipynb #6b6462c9
+# %% ../nbs/01_interpolation.ipynb #30663410
 @dataclass(frozen=True)
 class NTK(Scaling):
-    "Static NTK-aware scaling: a larger base, such that the last pair is `factor` times slower (bloc97 2023; PoSE section 2; YaRN section 3.1)."
+    "Static NTK-aware scaling: a larger base, such that the last pair is `factor` times slower (bloc97 2023; PoSE section 3.1; YaRN section 3.1)."
     name:ClassVar[str] = 'ntk'
 
     def ratio(self, dim, base, original):
@@ -108,32 +108,32 @@ class NTK(Scaling):
 
     def _saved(self, dim, base, original): return {'rope_theta': base * self.factor ** (dim / (dim - 2))}
 
-# %% ../nbs/01_interpolation.ipynb #930265ba
+# %% ../nbs/01_interpolation.ipynb #3c8858d9
 def pair_that_turns(
     turns:float,    # Full turns within the original length, above 0
     dim:int,        # Rotary numbers per head, even
     base:float,     # RoPE base of the model, above 1
     original:int,   # Tokens the model was pre-trained on
 )->float: # A pair index; may be fractional, negative or beyond the last pair
-    "Index of the pair that makes `turns` turns in `original` tokens (`find_correction_dim` of YaRN's code)."
+    "Index of the pair that makes `turns` turns in `original` tokens (`find_correction_dim` of YaRN's code). Raises `PoseError` for sizes that cannot be."
+    inv_freq(dim, base)   # for its checks
+    turns, original = _real(turns, 'turns', 0, above=True), _tokens(original, 'original')
     return dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base))
 
-# %% ../nbs/01_interpolation.ipynb #9e7db267
+# %% ../nbs/01_interpolation.ipynb #de1afb4a
 def yarn_ramp(
     dim:int,              # Rotary numbers per head, even
     base:float,           # RoPE base of the model, above 1
     original:int,         # Tokens the model was pre-trained on
-    beta_fast:float=32.,  # Pairs that turn at least this often are left alone
-    beta_slow:float=1.,   # Pairs that turn less often than this are slowed fully
+    beta_fast:float=32.,  # Pairs that turn at least this often in `original` tokens are left alone; above `beta_slow`
+    beta_slow:float=1.,   # Pairs that turn less often than this are slowed fully; above 0
 )->torch.Tensor: # float64, shape (dim/2,), from 0 (left alone) to 1 (slowed by the whole factor)
     "YaRN's ramp over pairs, as in jquesnelle/yarn and transformers. Raises `PoseError` if the ramp has no room."
-    original = _tokens(original, 'original')
-    n = len(inv_freq(dim, base))   # checks dim and base
     low = max(math.floor(pair_that_turns(beta_fast, dim, base, original)), 0)
     high = min(math.ceil(pair_that_turns(beta_slow, dim, base, original)), dim - 1)
     check(low <= high, f"YaRN's ramp is empty for {original} tokens, base {base:g} and dim {dim} (it would run from pair {low} to {high}); check these numbers, or use linear.")
     if low == high: high += 0.001   # a step; the released code does the same
-    return ((torch.arange(n, dtype=torch.float64) - low) / (high - low)).clamp(0, 1)
+    return ((torch.arange(dim // 2, dtype=torch.float64) - low) / (high - low)).clamp(0, 1)
 
 # %% ../nbs/01_interpolation.ipynb #5df39ac1
 @dataclass(frozen=True)
@@ -233,7 +233,7 @@ def to_config(
         config.original_max_position_embeddings = int(original)
     return config
 
-# %% ../nbs/01_interpolation.ipynb #e4132572
+# %% ../nbs/01_interpolation.ipynb #3914454e
 _REFUSED = {'dynamic': "its frequencies change with the length of each input", 'llama3': "the Llama-3 scheme is not one of the schemes here",
             'proportional': "the proportional scheme is not one of the schemes here"}
 
@@ -243,10 +243,12 @@ def _read_yarn(rp, factor):
     return YaRN(factor, rp.get('beta_fast') or 32., rp.get('beta_slow') or 1., rp.get('attention_factor'))
 
 def _read_longrope(rp, factor, dim, base, original):
-    check(rp['short_factor'] == rp['long_factor'], "this longrope config has different short and long factors, so its frequencies change with the length of each input.")
+    factors = rp.get('long_factor')
+    check(factors, "this longrope config has no long_factor list; restore it, or start from a model without longrope.")
+    check(rp.get('short_factor') == factors, "this longrope config has different short and long factors, so its frequencies change with the length of each input.")
     check(rp.get('attention_factor') is not None, "this longrope config has no attention_factor; only configs that state it can be read exactly.")
     scaling = YaRNRevised(factor, attention_factor=rp['attention_factor'])
-    ours, theirs = scaling.ratio(dim, base, original), torch.tensor(rp['long_factor'], dtype=torch.float64)
+    ours, theirs = scaling.ratio(dim, base, original), torch.tensor(factors, dtype=torch.float64)
     same = ours.shape == theirs.shape and torch.allclose(ours, theirs, rtol=1e-9, atol=0)
     check(same, f"the factors of this longrope config are not those of yarn_revised with factor {factor:g} and default betas; no other list can be read back.")
     return scaling

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['default_base', 'load_config', 'check_attention', 'load_model', 'load_tokenizer', 'RopeInfo', 'rotary_modules',
-           'rope_info', 'set_scaling', 'check_frequencies', 'check_sliding_window', 'SeamReport', 'seam_guard']
+           'rope_info', 'check_exact', 'set_scaling', 'check_frequencies', 'check_sliding_window', 'SeamReport',
+           'seam_guard']
 
 # %% ../nbs/05_model.ipynb #15285c3d
 import contextlib, importlib.resources, importlib.util, warnings
@@ -102,7 +103,13 @@ def rope_info(
     scaling, rope_base, original = from_config(model.config)
     return RopeInfo(2*next(iter(modules.values())).inv_freq.numel(), rope_base, original, model.config.max_position_embeddings, scaling)
 
-# %% ../nbs/05_model.ipynb #68de056f
+# %% ../nbs/05_model.ipynb #f00699d8
+def check_exact(
+    target:int,  # Length to reach, in tokens
+)->None:
+    "Raise `PoseError` if positions up to `target` are not exact in float32, which models compute angles in."
+    check(target <= 2**24, f"target {target} is beyond {2**24:,} tokens, where positions are no longer exact in the float32 that models compute angles in; ask for a target of at most {2**24:,}.")
+
 def set_scaling(
     model,           # A transformers model; changed in place
     scaling,         # A scheme of page Interpolation, such as `YaRN(8.)`
@@ -111,7 +118,7 @@ def set_scaling(
     "Give a model the frequencies of `scaling`, always starting from its original ones. Raises `PoseError` if `target` is below the original window or above 2**24 tokens."
     info = rope_info(model)
     check(target >= info.original, f"target {target} is below the model's original window of {info.original} tokens; ask for at least {info.original}.")
-    check(target <= 2**24, f"target {target} is beyond {2**24:,} tokens, where positions are no longer exact in the float32 that models compute angles in; ask for a target of at most {2**24:,}.")
+    check_exact(target)
     to_config(model.config, scaling, info.base, info.original, target)
     for name, old in rotary_modules(model).items():
         model.set_submodule(name, type(old)(config=model.config).to(old.inv_freq.device))

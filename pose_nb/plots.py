@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['STYLE', 'COLORS', 'use_style', 'color', 'token_label', 'token_axis', 'mark_window', 'length_plot', 'table']
 
-# %% ../nbs/91_plots.ipynb #143a5f47
+# %% ../nbs/91_plots.ipynb #276fbb68
 import matplotlib as mpl, matplotlib.pyplot as plt
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 # %% ../nbs/91_plots.ipynb #29e6bd23
 STYLE = {'figure.figsize': (6.4, 3.2), 'figure.dpi': 110, 'figure.constrained_layout.use': True, 'axes.spines.top': False,
@@ -62,7 +62,7 @@ def mark_window(
     ax.axvspan(lo, window, color='#0072B2', alpha=0.07, lw=0, zorder=0); ax.set_xlim(left=lo)
     if target: ax.axvline(target, color='0.4', ls='--', lw=1, zorder=1)
 
-# %% ../nbs/91_plots.ipynb #9a08a54c
+# %% ../nbs/91_plots.ipynb #7ec68cf5
 def length_plot(
     results:dict,          # {model name: {length in tokens: value}}
     window:int=None,       # Training window in tokens, shaded
@@ -82,12 +82,18 @@ def length_plot(
         if intervals and name in intervals:
             ax.fill_between(xs, [intervals[name][x][0] for x in xs], [intervals[name][x][1] for x in xs], color=c, alpha=.12, lw=0)
         ends.append((ys[-1], xs[-1], name, c))
-    ax.set_yscale('log' if log else 'linear')
+    if log: _log_y(ax)
     ax.set(xlabel='length, tokens', ylabel=ylabel)
     token_axis(ax, lengths, log=True)
     if window: mark_window(ax, window, target)
     _label_ends(ax, ends, log)
     return ax
+
+# %% ../nbs/91_plots.ipynb #b2c930ff
+def _log_y(ax):
+    ax.set_yscale('log')
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5))); ax.yaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f'{v:g}'))
 
 # %% ../nbs/91_plots.ipynb #8c195c17
 def _label_ends(ax, ends, log, gap=0.075):

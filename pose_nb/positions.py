@@ -7,13 +7,14 @@ __all__ = ['CHUNK_COLORS', 'FIRST_CHUNK', 'CONTENT', 'SAMPLERS', 'runs', 'plot_w
            'example_rng', 'chunk_lengths', 'rising_biases', 'Sampler', 'PoSE', 'Contiguous', 'FullLength', 'RandPos',
            'get_sampler']
 
-# %% ../nbs/02_positions.ipynb #f99b607d
+# %% ../nbs/02_positions.ipynb #74cca511
 from dataclasses import dataclass, fields
 
 import matplotlib.pyplot as plt, numpy as np
+from fastcore.basics import patch
 
 from .common import check, choose
-from .plots import mark_window, token_axis, use_style
+from .plots import mark_window, token_axis
 
 # %% ../nbs/02_positions.ipynb #ca54bcd9
 CHUNK_COLORS = ('#0072B2', '#E69F00', '#009E73', '#CC79A7', '#56B4E9')
@@ -65,7 +66,7 @@ def _spread(lengths, biases, window, add=None):
     if add is not None: out += add
     return out
 
-# %% ../nbs/02_positions.ipynb #eb5c9f1e
+# %% ../nbs/02_positions.ipynb #97d5e61b
 @dataclass(frozen=True, eq=False)
 class Window:
     "One training example, or a batch of them, as index arrays."
@@ -73,9 +74,13 @@ class Window:
     position_ids:np.ndarray  # At which position, int64, same shape, strictly increasing, within [0, target)
     chunk_id:np.ndarray      # In which chunk, int64, same shape, from 0, never decreasing
 
-    def __len__(self): return len(self.input_index)
+    def __len__(self):
+        "Examples of a batch; tokens of a single example."
+        return len(self.input_index)
 
-    def __getitem__(self, i): return Window(self.input_index[i], self.position_ids[i], self.chunk_id[i])
+    def __getitem__(self, i):
+        "Example `i` of a batch."
+        return Window(self.input_index[i], self.position_ids[i], self.chunk_id[i])
 
     @property
     def seams(self):
@@ -98,11 +103,11 @@ def example_rng(
 FIRST_CHUNK = {'paper': lambda left, after: left - after,         # leave one token for each chunk after this one
                'code':  lambda left, after: (left + 1) // 2}      # at most half
 
-# %% ../nbs/02_positions.ipynb #c73708f3
+# %% ../nbs/02_positions.ipynb #22e20c31
 def chunk_lengths(
     window:int,                # Tokens in the window
     chunks:int,                # Pieces, 1 <= chunks <= window
-    n:int,                     # Examples to draw
+    n:int,                     # Examples to draw, at least 0
     rng:np.random.Generator,   # Randomness
     first_chunk:str='paper',   # "paper" breaks the stick; "code" is the released rule, two chunks only
 )->np.ndarray: # int64, shape (n, chunks), each at least 1, rows add up to `window`
@@ -117,14 +122,16 @@ def chunk_lengths(
     out[:, -1] = left
     return out
 
-# %% ../nbs/02_positions.ipynb #4f4635c8
+# %% ../nbs/02_positions.ipynb #21846caa
 def rising_biases(
     high:int|np.ndarray,       # Largest bias, included, at least 0; a number, or one per example with shape (n,)
-    chunks:int,                # Chunks per example
-    n:int,                     # Examples to draw
+    chunks:int,                # Chunks per example, at least 1
+    n:int,                     # Examples to draw, at least 0
     rng:np.random.Generator,   # Randomness
 )->np.ndarray: # int64, shape (n, chunks), first column 0, rows never decreasing
-    "Sequential uniform biases: the skips u_i of PoSE eq. 4 and the text offsets v_i of eq. 5."
+    "Sequential uniform biases: the skips u_i of PoSE eq. 4 and the text offsets v_i of eq. 5. Raises `PoseError` if `high` is negative."
+    least = np.min(high, initial=0)
+    check(least >= 0, f"the largest bias is {least}; it must be at least 0.")
     out = np.zeros((n, chunks), np.int64)
     if chunks > 1: out[:, 1] = rng.integers(0, high, size=n, endpoint=True)
     for i in range(2, chunks): out[:, i] = rng.integers(out[:, i - 1], high, endpoint=True)
@@ -135,7 +142,7 @@ CONTENT = {'uniform':    lambda skips, spare, rng: rising_biases(spare, skips.sh
            'contiguous': lambda skips, spare, rng: np.zeros_like(skips),
            'aligned':    lambda skips, spare, rng: skips}
 
-# %% ../nbs/02_positions.ipynb #7f77a5c3
+# %% ../nbs/02_positions.ipynb #dc097cac
 def _whole(what, value, least=1):
     "Check that a field is a whole number of at least `least`."
     check(isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= least, f"{what} is {value!r}; it must be a whole number of at least {least}.")
@@ -145,7 +152,9 @@ class Sampler:
     name = 'sampler'
 
     @property
-    def min_doc_len(self)->int: return self.window   # Tokens that a document must have
+    def min_doc_len(self)->int:
+        "Tokens that a document must have."
+        return self.window
 
     def _lens(self, doc_lens):
         "Document lengths as int64, refused if one is too short."
@@ -154,9 +163,15 @@ class Sampler:
         if d.size and d.min() < least: check(False, f"a document has {d.min()} tokens, but {self} needs at least {least}; drop it or join documents.")
         return d
 
-    def __call__(self, doc_len:int, rng:np.random.Generator)->Window: return self.batch([doc_len], rng)[0]
+    def __call__(
+        self,
+        doc_len:int,               # Tokens of the document, at least `min_doc_len`
+        rng:np.random.Generator,   # Randomness, such as `example_rng(seed, epoch, index)`; None for samplers that draw nothing
+    )->Window: # Arrays of shape (window,)
+        "One example. Raises `PoseError` if the document is too short."
+        return self.batch([doc_len], rng)[0]
 
-# %% ../nbs/02_positions.ipynb #866ac5d3
+# %% ../nbs/02_positions.ipynb #81ea5f98
 @dataclass(frozen=True)
 class PoSE(Sampler):
     "Positional skip-wise training (PoSE eq. 3-5). Raises `PoseError` when the fields cannot work together."
@@ -175,19 +190,27 @@ class PoSE(Sampler):
         chunk_lengths(self.window, self.chunks, 0, np.random.default_rng(0), self.first_chunk)   # refuses what it cannot cut
 
     @property
-    def min_doc_len(self)->int: return self.target if choose(self.content, CONTENT, 'content') is CONTENT['aligned'] else self.window
+    def min_doc_len(self)->int:
+        "Tokens that a document must have: the window, or the target for aligned text."
+        return self.target if choose(self.content, CONTENT, 'content') is CONTENT['aligned'] else self.window
 
-    def batch(self, doc_lens, rng)->Window:
-        "A window per document: `doc_lens` int, shape (n,) -> arrays of shape (n, window). Draws lengths, then skips, then offsets."
-        spare = self._lens(doc_lens) - self.window
-        n, steps = len(spare), np.arange(self.window)
-        lengths = chunk_lengths(self.window, self.chunks, n, rng, self.first_chunk)
-        skips = rising_biases(self.target - self.window, self.chunks, n, rng)
-        offsets = choose(self.content, CONTENT, 'content')(skips, spare, rng)
-        ids = np.tile(np.arange(self.chunks), n)
-        return Window(_spread(lengths, offsets, self.window, steps), _spread(lengths, skips, self.window, steps), _spread(lengths, ids, self.window))
+# %% ../nbs/02_positions.ipynb #c3f330cd
+@patch
+def batch(
+    self:PoSE,
+    doc_lens,                  # Tokens of each document, at least `min_doc_len`, int, shape (n,)
+    rng:np.random.Generator,   # Randomness of the whole batch: lengths first, then skips, then offsets
+)->Window: # Arrays of shape (n, window)
+    "A window per document (PoSE eq. 3-5). Raises `PoseError` if a document is too short."
+    spare = self._lens(doc_lens) - self.window
+    n, steps = len(spare), np.arange(self.window)
+    lengths = chunk_lengths(self.window, self.chunks, n, rng, self.first_chunk)
+    skips = rising_biases(self.target - self.window, self.chunks, n, rng)
+    offsets = choose(self.content, CONTENT, 'content')(skips, spare, rng)
+    ids = np.tile(np.arange(self.chunks), n)
+    return Window(_spread(lengths, offsets, self.window, steps), _spread(lengths, skips, self.window, steps), _spread(lengths, ids, self.window))
 
-# %% ../nbs/02_positions.ipynb #5504fba5
+# %% ../nbs/02_positions.ipynb #0108e382
 def _dense(n, window):
     "Windows that read and number tokens 0, 1, 2, ..."
     a = np.tile(np.arange(window), (n, 1))
@@ -195,33 +218,41 @@ def _dense(n, window):
 
 @dataclass(frozen=True)
 class Contiguous(Sampler):
-    "Ordinary training at the window length: positions 0 ... window - 1."
+    "Ordinary training at the window length: positions 0 ... window - 1. Raises `PoseError` for a target below the window."
     window:int  # Tokens per example
     target:int  # Length to reach in tokens, at least `window`; positions do not depend on it
     name = 'contiguous'
 
     def __post_init__(self): _whole('window', self.window); _whole('target', self.target, self.window)
 
-    def batch(self, doc_lens, rng=None)->Window: return _dense(len(self._lens(doc_lens)), self.window)
+    def batch(
+        self,
+        doc_lens,   # Tokens of each document, at least `window`, int, shape (n,)
+        rng=None,   # Not used: nothing is drawn
+    )->Window: # Arrays of shape (n, window)
+        "A window per document. Raises `PoseError` if a document is too short."
+        return _dense(len(self._lens(doc_lens)), self.window)
 
-# %% ../nbs/02_positions.ipynb #0ab46f84
+# %% ../nbs/02_positions.ipynb #6cbf962c
 @dataclass(frozen=True)
 class FullLength(Sampler):
-    "Training at the target length: the window is the target (paper: Full-length)."
+    "Training at the target length: the window is the target (PoSE section 4.1, Full-length). Raises `PoseError` for a target below 1."
     target:int  # Tokens per example and length to reach
     name = 'full'
 
     def __post_init__(self): _whole('target', self.target)
 
     @property
-    def window(self)->int: return self.target
+    def window(self)->int:
+        "Tokens per example: the target."
+        return self.target
 
-    def batch(self, doc_lens, rng=None)->Window: return _dense(len(self._lens(doc_lens)), self.target)
+    batch = Contiguous.batch   # the window is the target
 
-# %% ../nbs/02_positions.ipynb #5599072d
+# %% ../nbs/02_positions.ipynb #819f452d
 @dataclass(frozen=True)
 class RandPos(Sampler):
-    "Sorted random positions without repetition (Ruoss et al. 2023, arXiv 2305.16843; the PoSE paper's baseline)."
+    "Sorted random positions without repetition (Ruoss et al. 2023, arXiv 2305.16843; the PoSE paper's baseline). Raises `PoseError` for a target below the window."
     window:int  # Tokens per example
     target:int  # Length to reach in tokens, at least `window`
     name = 'randpos'
@@ -230,27 +261,31 @@ class RandPos(Sampler):
         _whole('window', self.window); _whole('target', self.target)
         check(self.target >= self.window, f"target {self.target} is shorter than the window {self.window}; {self.window} different positions do not fit.")
 
-    def batch(self, doc_lens, rng)->Window:
-        "A window per document: `doc_lens` int, shape (n,) -> arrays of shape (n, window)."
+    def batch(
+        self,
+        doc_lens,                  # Tokens of each document, at least `window`, int, shape (n,)
+        rng:np.random.Generator,   # Randomness of the whole batch
+    )->Window: # Arrays of shape (n, window)
+        "A window per document. Raises `PoseError` if a document is too short."
         n, rows = len(self._lens(doc_lens)), max(1, 2**22 // self.target)
         positions = np.empty((n, self.window), np.int64)
-        for i in range(0, n, rows):                                # blocks bound the memory
+        for i in range(0, n, rows):                                # at most 2**22 keys at a time bound the memory
             keys = rng.random((min(rows, n - i), self.target))
             positions[i:i + rows] = np.argpartition(keys, self.window - 1, axis=1)[:, :self.window]
         positions.sort(axis=1)
         index = np.tile(np.arange(self.window), (n, 1))
         return Window(index, positions, index.copy())
 
-# %% ../nbs/02_positions.ipynb #f769e29e
+# %% ../nbs/02_positions.ipynb #68353699
 SAMPLERS = {s.name: s for s in (PoSE, Contiguous, FullLength, RandPos)}
 
 def get_sampler(
     name:str,    # "pose", "contiguous", "full" or "randpos"
-    window:int,  # Training window in tokens; "full" trains on `target` tokens and does not use it
-    target:int,  # Length to reach in tokens
+    window:int,  # Training window in tokens, at least 1; "full" trains on `target` tokens and does not use it
+    target:int,  # Length to reach in tokens, at least `window` (more than `window` for "pose")
     **options,   # Other fields of that sampler, such as `chunks` of PoSE
 )->Sampler: # The sampler
-    "Make a sampler by name. Raises `PoseError` for an unknown name or option."
+    "Make a sampler by name. Raises `PoseError` for an unknown name or option, and for values the sampler refuses."
     cls = choose(name, SAMPLERS, 'sampler')
     allowed = [f.name for f in fields(cls)]
     given = dict(window=window, target=target)

@@ -7,28 +7,29 @@ __all__ = ['DEMO_TARGET', 'DEMO_LENGTHS', 'DEMO', 'DEMO_MIX', 'plan_extension', 
            'extend', 'save_figure', 'default_lengths', 'heldout_texts', 'eval_ppl', 'eval_passkey', 'coverage_report',
            'demo_variants', 'demo', 'demo_rows', 'demo_plots']
 
-# %% ../nbs/10b_workflow.ipynb #e6b1e1f9
-import math, shutil, sys
+# %% ../nbs/10b_workflow.ipynb #45a3b38c
+import contextlib, math, os, shutil, sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from fastcore.meta import delegates
+from transformers.utils.logging import disable_progress_bar
 
 from .common import PoseError, check, choose, environment, read_json, write_atomic, write_json
 from .coverage import coverage, never_seen, plot_coverage
 from .data import GeneratedDataset, Mixture, WindowDataset, load_store, read_documents, save_store, stdlib_documents, tokenize
 from .export import check_reload, claim_folder, read_record, save_extended, write_card, write_record
 from .interpolation import SCALINGS, get_scaling
-from .model import check_attention, check_sliding_window, default_base, load_config, load_model, load_tokenizer, rope_info, set_scaling
+from .model import check_attention, check_exact, check_sliding_window, default_base, load_config, load_model, load_tokenizer, rope_info, set_scaling
 from .perplexity import perplexity
 from .plots import length_plot, plt, table, use_style
 from .positions import SAMPLERS, get_sampler
 from .practice import CopyDocuments, PasskeyDocuments
 from .retrieval import passkey
-from .train import TrainSettings, plot_loss, train
+from .train import TrainSettings, _latest, check_resume, plot_loss, read_log, train
 
-# %% ../nbs/10b_workflow.ipynb #327f1758
+# %% ../nbs/10b_workflow.ipynb #48d8b9ad
 def plan_extension(
     model,                        # Checkpoint folder or hub id
     target:int,                   # Context length to reach, in tokens; more than the window
@@ -43,7 +44,8 @@ def plan_extension(
     "Say what an extension will do. Raises `PoseError` if it cannot be done."
     config = load_config(model, trust_remote_code)
     original = _original(config)
-    window = window or original
+    window = original if window is None else window
+    check_exact(target)
     choose(scaling, SCALINGS, 'scaling'); choose(sampler, SAMPLERS, 'sampler')
     check(window > 1, f"window {window} is too short; use at least 2 tokens.")
     check(target > window, f"target {target} is not longer than the window of {window} tokens; ask for a --target of at least {window + 1}.")
@@ -65,7 +67,7 @@ def make_sampler(
     "Build the sampler that a plan names."
     return get_sampler(plan['sampler'], plan['window'], plan['target'], **{k: plan[k] for k in ('chunks', 'content', 'first_chunk') if k in plan})
 
-# %% ../nbs/10b_workflow.ipynb #080bc5d8
+# %% ../nbs/10b_workflow.ipynb #5b8b99f8
 def bos_id(
     tokenizer,      # A transformers tokenizer
     bos:bool=None,  # True: required; False: none; None: if the tokenizer adds one by itself
@@ -93,9 +95,10 @@ def make_dataset(
     parts = [(WindowDataset(store, sampler, seed, bos, mask_seam=mask_seam), text)]
     if passkey_share: parts.append((GeneratedDataset(PasskeyDocuments(tokenizer, store), sampler, seed), passkey_share))
     if copy_share: parts.append((GeneratedDataset(CopyDocuments(tokenizer, store), sampler, seed), copy_share))
+    for d, _ in parts: d[0]      # a generator refuses a window that is too short for it
     return parts[0][0] if len(parts) == 1 else Mixture(parts, seed)
 
-# %% ../nbs/10b_workflow.ipynb #117515d2
+# %% ../nbs/10b_workflow.ipynb #0c764163
 def _resume_plan(out, plan):
     "Compare a plan with the one the folder was started with."
     old = read_record(out).get('plan')
@@ -103,12 +106,19 @@ def _resume_plan(out, plan):
     changed = [f"{k} was {old.get(k)} and is now {v}" for k, v in plan.items() if old.get(k) != v]
     check(not changed, f"{out} was started with another plan ({'; '.join(changed)}); resume with the same arguments or choose a new --output-dir.")
 
+def _resume_from(out, plan, checkpoint, settings):
+    "The checkpoint to continue from, after everything that could speak against it was checked."
+    _resume_plan(out, plan)
+    where = _latest(out) if checkpoint in (True, 'latest') else Path(checkpoint)
+    check_resume(where, settings)
+    return where
+
 def _documents_of(data, out, tokenizer, text_field, resume, progress):
     "The token store of a run: made once, kept in the run's folder, reopened on resume."
     if resume and (out/'data'/'store.json').exists(): return load_store(out/'data')
     return load_store(save_store(tokenize(read_documents(data, text_field), tokenizer, progress=progress), out/'data'))
 
-# %% ../nbs/10b_workflow.ipynb #8e0205cd
+# %% ../nbs/10b_workflow.ipynb #b197caa9
 @delegates(TrainSettings)
 def extend(
     model,                          # Checkpoint folder or hub id of a RoPE model
@@ -134,39 +144,54 @@ def extend(
 )->dict: # The run's record, as in `pose_nb.json`; its `status` is "done" or "stopped"
     "Extend a model's context window and save the result. Raises `PoseError` for anything that cannot work, before training where possible."
     resume, settings = bool(resume_from_checkpoint), TrainSettings(**kwargs)
+    if not progress: disable_progress_bar()
+    check(int(os.environ.get('WORLD_SIZE', 1)) == 1, "extend runs in one process so far; start it without accelerate launch or torchrun.")
     check_attention(attn_implementation)
     plan = plan_extension(model, target, window, scaling, sampler, chunks, content, first_chunk, trust_remote_code)
-    plan |= dict(data=str(data), passkey_share=passkey_share, copy_share=copy_share, keep_seam=keep_seam)
+    plan |= dict(data=str(data), text_field=text_field, passkey_share=passkey_share, copy_share=copy_share, keep_seam=keep_seam)
     tokenizer = load_tokenizer(model, trust_remote_code)
-    start_id, out = bos_id(tokenizer, bos), claim_folder(output_dir, resume)
-    if resume: _resume_plan(out, plan)
+    plan['bos'] = start_id = bos_id(tokenizer, bos)
+    out = claim_folder(output_dir, resume)
+    where = _resume_from(out, plan, resume_from_checkpoint, settings) if resume else None
     try:
         store = _documents_of(data, out, tokenizer, text_field, resume, progress)
         dataset = make_dataset(store, make_sampler(plan), tokenizer, settings.seed, start_id, passkey_share, copy_share, not keep_seam)
         net = load_model(model, torch.float32, attn_implementation, trust_remote_code=trust_remote_code)
         set_scaling(net, get_scaling(scaling, plan['factor']), max(target, plan['original']))
-    except BaseException:
-        if not resume: _release(out)
+        top, vocab = int(store.tokens.max()), net.get_input_embeddings().num_embeddings
+        check(top < vocab, f"the tokenizer gives token id {top}, but the model's vocabulary has {vocab} entries; use the tokenizer of this model.")
+        write_record(out, dict(status='running', plan=plan, settings=asdict(settings), data=dataset.report))
+        return _finish(out, net, tokenizer, train(net, dataset, settings, out, where, progress), load_config(model, trust_remote_code).dtype)
+    except BaseException as e:
+        _abandon(out, e, fresh=not resume)
         raise
-    write_record(out, dict(status='running', plan=plan, settings=asdict(settings), data=dataset.report))
-    where = None if not resume else True if resume_from_checkpoint in (True, 'latest') else resume_from_checkpoint
-    result = train(net, dataset, settings, out, where, progress)
-    return _finish(out, net, tokenizer, result)
 
 # %% ../nbs/10b_workflow.ipynb #9be43c6d
 extend.__delwrap__ = TrainSettings
 
-# %% ../nbs/10b_workflow.ipynb #d59ca624
+# %% ../nbs/10b_workflow.ipynb #9b04ea34
+def _abandon(out, error, fresh):
+    "After an error: remove what a new run without a single step has written; else note in the record that it failed."
+    with contextlib.suppress(PoseError):
+        if fresh and not read_log(out): return _release(out)
+        if read_record(out).get('status') == 'running': write_record(out, dict(status='failed', error=str(error) or type(error).__name__))
+
 def _release(out):
-    "Remove a folder that this run created and has written nothing but tokens to."
+    "Remove a folder that this run created and has written nothing but tokens and its record to."
     shutil.rmtree(out/'data', ignore_errors=True)
+    for f in ('pose_nb.json', 'train_log.jsonl'): (out/f).unlink(missing_ok=True)
     if out.exists() and not any(out.iterdir()): out.rmdir()
 
-def _finish(out, net, tokenizer, result):
-    "Save a finished run, or note that it was stopped."
+def _cast(net, dtype):
+    "Cast weights, and only weights: `net.to(dtype)` would also round the frequencies."
+    for p in net.parameters(): p.data = p.data.to(dtype or p.dtype)
+    return net
+
+def _finish(out, net, tokenizer, result, dtype):
+    "Save a finished run in the precision of the checkpoint it started from, or note that it was stopped."
     summary = dict(steps=result.step, tokens=result.tokens, seconds=round(result.seconds, 1), peak_gib=round(result.peak_gib, 3))
     if result.stopped: return write_record(out, dict(status='stopped', result=summary))
-    save_extended(net, tokenizer, out)
+    save_extended(_cast(net, dtype), tokenizer, out)
     check_reload(out, net)
     use_style()
     save_figure(plot_loss(result.history), out/'loss.svg')
@@ -180,6 +205,8 @@ def save_figure(
 ): # The path
     "Write the figure of an axis atomically and close it."
     import io
+    path = Path(path)
+    check(path.suffix in ('.svg', '.png', '.pdf'), f"cannot draw {path}: end the file name with .svg, .png or .pdf.")
     buffer = io.BytesIO()
     ax.figure.savefig(buffer, format=Path(path).suffix[1:], metadata={'Date': None} if Path(path).suffix == '.svg' else None)
     plt.close(ax.figure)
@@ -203,7 +230,7 @@ def _save_eval(folder, name, title, rows, protocol, ax):
     if read_record(folder).get('rope'): write_card(folder)
     return out/f'{name}.json'
 
-# %% ../nbs/10b_workflow.ipynb #c4bdecec
+# %% ../nbs/10b_workflow.ipynb #a5d2825a
 def _evaluated(dirs, attn_implementation, trust_remote_code=False):
     "Load models one after the other: (name, model, tokenizer) for each folder or id."
     for d in dirs:
@@ -234,6 +261,7 @@ def eval_ppl(
 )->dict: # rows, protocol and a text table
     "Sliding-window perplexity at several lengths. Raises `PoseError` for requests that cannot be met."
     rows, texts = [], None
+    check(documents is None or documents >= 1, f"documents is {documents}; it must be at least 1.")
     for name, net, tok in _evaluated([model] + [compare] * bool(compare), attn_implementation):
         texts = texts or heldout_texts(data, text_field)
         lengths = lengths or default_lengths(net)
@@ -283,7 +311,7 @@ def _report(name, title, rows, protocol, key, ylabel, model, output_dir):
 
 def _mean(xs): return sum(xs) / len(xs)
 
-# %% ../nbs/10b_workflow.ipynb #4ef5accf
+# %% ../nbs/10b_workflow.ipynb #13f5a011
 def coverage_report(
     *,
     window:int,                 # Training window, in tokens
@@ -297,6 +325,7 @@ def coverage_report(
 )->dict: # Plain values and a text
     "Which relative distances training meets. Raises `PoseError` for sizes that cannot be."
     options = dict(chunks=chunks, first_chunk=first_chunk) if sampler == 'pose' else {}
+    check(examples >= 1, f"examples is {examples}; it must be at least 1.")
     c = coverage(get_sampler(sampler, window, target, **options), seed=seed)
     p, probe = c.probability, sorted({1, window // 2, window - 1, window, target // 2, target - 2, target - 1})
     rows = [dict(distance=r, probability=float(p[r]), pairs=float(c.pairs[r])) for r in probe if 0 < r < target]
@@ -306,10 +335,10 @@ def coverage_report(
     return summary | dict(text=f"{c.label}, {window:,} -> {target:,} tokens ({how})\n{table(rows, 6).to_string(index=False)}\n"
                                f"of {target - 1:,} distances, {summary['never_met']:,} can never occur; after {examples:,} windows {summary['expected_unseen']:,.1f} are expected to be unmet")
 
-# %% ../nbs/10b_workflow.ipynb #46dc9a7e
+# %% ../nbs/10b_workflow.ipynb #0d8a9bf7
 DEMO_TARGET, DEMO_LENGTHS = 2048, (256, 512, 1024, 2048)
 DEMO = dict(max_steps=200, per_device_train_batch_size=8, learning_rate=1e-3, warmup_steps=20, lr_scheduler_type='cosine_with_min_lr', lr_scheduler_kwargs=dict(min_lr_rate=.1))
-DEMO_MIX = dict(passkey_share=.4, copy_share=.1)
+DEMO_MIX = dict(passkey_share=.25)
 
 def demo_variants(
     all:bool=False,  # Also the baselines: contiguous, RandPos, Full-length
@@ -318,7 +347,7 @@ def demo_variants(
     main = {'base': (None, 'none'), 'yarn': (None, 'yarn'), 'pose': ('pose', 'yarn')}
     return main | ({'contiguous': ('contiguous', 'yarn'), 'randpos': ('randpos', 'yarn'), 'full': ('full', 'yarn')} if all else {})
 
-# %% ../nbs/10b_workflow.ipynb #2ec7b4af
+# %% ../nbs/10b_workflow.ipynb #181a3695
 def _demo_model(name, sampler, scaling, out, seed, progress):
     "The model of one line of the table: as shipped, rescaled, or trained into `out/name`."
     if sampler is None: return set_scaling(load_model(default_base()), get_scaling(scaling, DEMO_TARGET / 256), DEMO_TARGET if scaling != 'none' else 256), None
@@ -330,36 +359,48 @@ def _demo_model(name, sampler, scaling, out, seed, progress):
 
 def _demo_measure(net, tokenizer, documents, trials, seed, progress):
     "Perplexity and passkey accuracy of one model."
-    keep = net.config.max_position_embeddings
     ppl = perplexity(net, documents, DEMO_LENGTHS, progress=progress, bos=tokenizer.bos_token_id)
     keys = passkey(net, tokenizer, DEMO_LENGTHS, trials=trials, seed=seed + 1000, progress=progress)
     return dict(ppl={r.length: r.ppl for r in ppl.rows}, scored=ppl.rows[-1].scored, passkey=keys.accuracy, interval=keys.intervals)
 
-# %% ../nbs/10b_workflow.ipynb #28b803e6
+# %% ../nbs/10b_workflow.ipynb #36a47b55
 def demo(
     output_dir='pose_nb_demo',  # Where results go; must be new or empty
     all:bool=False,             # Also train the baselines: contiguous, RandPos, Full-length
     trials:int=50,              # Passkey prompts per length
-    documents:int=10,           # Held-out files for perplexity
-    max_tokens:int=3072,        # Tokens of each file
+    documents:int=8,            # Held-out files for perplexity
+    max_tokens:int=2560,        # Tokens of each file
     seed:int=0,                 # Every draw flows from it
+    threads:int=1,              # CPU threads; one gives the same digits on every run, and a model this small gains little from more
     progress:bool=True,         # Show progress bars
 )->dict: # rows per model, their files, and a text
     "The whole story, offline, on a CPU: extend the embedded model from 256 to 2,048 tokens with PoSE and show that it worked."
+    for name, value in dict(trials=trials, documents=documents, max_tokens=max_tokens, threads=threads).items(): check(value >= 1, f"{name} is {value}; it must be at least 1.")
     out, tokenizer = claim_folder(output_dir), load_tokenizer(default_base())
-    store = tokenize(stdlib_documents('heldout').values(), tokenizer, progress=progress)
-    docs = [store[i][:max_tokens] for i in range(len(store)) if len(store[i]) >= max_tokens][:documents]
-    results, variants = {}, demo_variants(all)
-    for i, (name, (sampler, scaling)) in enumerate(variants.items()):
-        if progress: print(f"[{i + 1}/{len(variants)}] {name}: {_DEMO_SAYS[name]}", file=sys.stderr, flush=True)
-        net, record = _demo_model(name, sampler, scaling, out, seed, progress)
-        results[name] = _demo_measure(net, tokenizer, docs, trials, seed, progress) | (dict(training=record['result']) if record else {})
-    return _demo_report(results, out, trials, len(docs), seed)
+    with _threads(threads):
+        store = tokenize(stdlib_documents('heldout').values(), tokenizer, progress=progress)
+        docs = [store[i][:max_tokens] for i in range(len(store)) if len(store[i]) >= max_tokens][:documents]
+        check(docs, f"no held-out file has {max_tokens} tokens (the longest has {store.lengths.max()}); use a smaller --max-tokens.")
+        results, variants = {}, demo_variants(all)
+        for i, (name, (sampler, scaling)) in enumerate(variants.items()):
+            if progress: print(f"[{i + 1}/{len(variants)}] {name}: {_DEMO_SAYS[name]}", file=sys.stderr, flush=True)
+            net, record = _demo_model(name, sampler, scaling, out, seed, progress)
+            results[name] = _demo_measure(net, tokenizer, docs, trials, seed, progress)
+            if record: results[name] |= dict(training=record['result']); _demo_card(out/name, name, results[name], seed)
+        return _demo_report(results, out, trials, len(docs), seed)
+
+@contextlib.contextmanager
+def _threads(n):
+    "Compute on `n` CPU threads for a while."
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try: yield
+    finally: torch.set_num_threads(before)
 
 _DEMO_SAYS = dict(base='the model as shipped, window 256', yarn='YaRN interpolation to 2,048, no training', pose='PoSE + YaRN, trained on windows of 256 tokens',
                   contiguous='YaRN, trained on contiguous windows of 256', randpos='RandPos + YaRN, windows of 256', full='YaRN, trained on windows of 2,048 (Full-length)')
 
-# %% ../nbs/10b_workflow.ipynb #bb5b8171
+# %% ../nbs/10b_workflow.ipynb #3b64be34
 def demo_rows(
     results:dict,  # From the demo: {model: measurements}
 )->list: # One dict per model
@@ -378,6 +419,12 @@ def demo_plots(
     a.set_title('Held-out Python source'); b.set_title('Passkey retrieval'); b.set_ylim(-.03, 1.03)
     return a, b
 
+def _demo_card(folder, name, r, seed):
+    "Put the demo's measurements of one model into its card."
+    for key, title in (('ppl', 'Perplexity'), ('passkey', 'Passkey retrieval')):
+        rows = [dict(length=n, **{key: r[key][n]}) for n in DEMO_LENGTHS]
+        _save_eval(folder, key, title, rows, f'Measured by `pose_nb demo`, seed {seed}.', length_plot({name: r[key]}, 256, DEMO_TARGET, title.lower()))
+
 def _demo_report(results, out, trials, documents, seed):
     "Write `demo.json` and `demo.svg`, and say what to look at."
     rows = demo_rows(results)
@@ -386,4 +433,4 @@ def _demo_report(results, out, trials, documents, seed):
     save_figure(demo_plots(results)[0], out/'demo.svg')
     text = '\n'.join([table(rows, 2).to_string(index=False), '', protocol, environment()['hardware'], '', f'figure: {out}/demo.svg   numbers: {out}/demo.json',
                       f'the extended model is in {out}/pose and loads with transformers alone: AutoModelForCausalLM.from_pretrained("{out}/pose")'])
-    return dict(rows=rows, protocol=protocol, text=text)
+    return dict(rows=rows, results=results, protocol=protocol, text=text)

@@ -1,9 +1,9 @@
 "Whatever cannot work is refused with one sentence and exit code 2; nothing is left behind and nothing is lost."
-import errno, gzip, json, os, re, resource, shutil, signal, subprocess, sys
+import errno, gzip, json, os, resource, shutil, subprocess
 from pathlib import Path
 
-import numpy as np, pytest, torch
-from conftest import TARGET, WINDOW, command, extend_args, make_texts, snapshot
+import pytest
+from conftest import WINDOW, command, extend_args, snapshot
 from safetensors.torch import load_file
 
 from pose_nb.train import checkpoints, read_log, verify_checkpoint
@@ -187,7 +187,7 @@ def test_json_with_an_error_prints_no_json(extend): assert_refused(extend(target
     (['coverage', '--window', '64', '--target', '10000000000000'], 'memory'), (['coverage', '--window', '64', '--target', '256', '--sampler', 'posh'], 'randpos'), (['coverage', '--window', '64', '--target', '256', '--examples', '0'], 'examples'),
     (['coverage', '--window', '64', '--target', '256', '--plot', '/dev/null/x.svg'], 'x.svg'), (['coverage', '--window', '64', '--target', '256', '--plot', 'x.docx'], 'x.docx'),
     (['demo', '--output-dir', '/dev/null/x'], 'cannot create'), (['demo', '--trials', '0', '--output-dir', 'demo_out'], 'trials'), (['demo', '--documents', '0', '--output-dir', 'demo_out'], 'documents'),
-], ids=' '.join)
+], ids=lambda x: ' '.join(x) if isinstance(x, list) else '')
 def test_other_commands_refuse_what_cannot_work(words, says, cli, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert_refused(cli(*words), says)
@@ -201,7 +201,7 @@ def test_other_commands_refuse_what_cannot_work(words, says, cli, tmp_path, monk
     (['ppl', '--compare', 'no/such/model', '--lengths', '64'], 'no/such/model'), (['ppl', '--attn-implementation', 'flash_attention_2'], 'flash-attention'),
     (['passkey', '--lengths', '8'], 'too short'), (['passkey', '--trials', '0', '--lengths', '256'], 'trials'), (['passkey', '--depths', '50,10', '--lengths', '256'], 'depths'), (['passkey', '--depths', '101', '--lengths', '256'], 'depths'),
     (['passkey', '--digits', '0', '--lengths', '256'], 'digits'), (['passkey', '--seed', '-1', '--lengths', '256'], 'seed'), (['passkey', '--lengths', '512,256'], 'lengths'), (['passkey', '--bos', '--lengths', '256'], 'BOS'),
-], ids=' '.join)
+], ids=lambda x: ' '.join(x) if isinstance(x, list) else '')
 def test_evaluations_refuse_what_cannot_work(words, says, cli, checkpoint, corpus, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = shutil.copytree(checkpoint(bos='--bos' not in words), tmp_path/'model')
@@ -287,9 +287,9 @@ def small_files():
     resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
 
-def test_no_space_for_the_tokens(extend, small_files, tmp_path):
+def test_no_space_for_the_tokens(extend, corpus, small_files, tmp_path):
     small_files(4000)
-    assert_refused(extend(data='stdlib'), 'free some space')
+    assert_refused(extend(data=corpus.folder), 'free some space')
     small_files(resource.RLIM_INFINITY)
     assert not (tmp_path/'out').exists()
 

@@ -59,5 +59,8 @@ def test_dense_positions_need_one_example():
     assert examples_needed(coverage(FullLength(50))) == 1 and examples_needed(coverage(Contiguous(20, 70)), upto=20) == 1
 
 def test_requests_that_cannot_be_met():
-    for bad in (lambda: examples_needed(coverage(Contiguous(20, 70))), lambda: examples_needed(coverage(PoSE(20, 70)), 0.), lambda: coverage(PoSE(20, 70), 0)):
+    w = PoSE(20, 70).batch(np.full(9, 20), example_rng(0, 0, 0))
+    for bad in (lambda: examples_needed(coverage(Contiguous(20, 70))), lambda: examples_needed(coverage(PoSE(20, 70)), 0.), lambda: coverage(PoSE(20, 70), 0),
+                lambda: tally_chunks(w, 20), lambda: tally_positions(w, 20), lambda: two_chunk_pairs(20, 20),
+                lambda: cross_probability(20, 20), lambda: two_chunk_probability(1, 5), lambda: two_chunk_pairs(1, 5), lambda: two_chunk_pairs(4, 9, 'x')):
         with pytest.raises(PoseError): bad()

@@ -148,12 +148,19 @@ def test_numpy_numbers_are_numbers():
 
 def llama(p, n=4096): return LlamaConfig(hidden_size=128, num_attention_heads=1, max_position_embeddings=n, rope_parameters=p)
 
+def bare(p):
+    "A config whose dictionary transformers has not checked."
+    config = llama(None)
+    config.rope_parameters = p
+    return config
+
 
 @pytest.mark.parametrize('call', [
     lambda: Linear(.5), lambda: Linear(math.inf), lambda: Linear('8'), lambda: Linear(None), lambda: NTK(True), lambda: NoScaling(2),
     lambda: YaRN(8, beta_fast=1, beta_slow=1), lambda: YaRN(8, beta_slow=0), lambda: YaRN(8, attention_factor=-1), lambda: YaRNRevised(8, beta_fast=math.nan),
     lambda: get_scaling('yarn2', 8), lambda: get_scaling('none', .5), lambda: get_scaling('none', 8, beta_fast=3), lambda: get_scaling('yarn', 8, mscale=1),
     lambda: NTK(8)(2, 1e4, 2048), lambda: Linear(8)(3, 1e4, 2048), lambda: YaRN(8)(64, 1e4, None), lambda: YaRN(8)(64, 1e4, 0), lambda: YaRN(8)(64, 1e4, math.inf), lambda: YaRN(8)(64, 1e4, 3),
+    lambda: pair_that_turns(0, 64, 1e4, 2048), lambda: pair_that_turns(1, 63, 1e4, 2048), lambda: pair_that_turns(1, 64, 1, 2048), lambda: yarn_ramp(64, 1e4, None),
     lambda: Linear(8).rope_parameters(64, 1e4, None, 2048), lambda: Linear(8).rope_parameters(64, 1e4, 2048, 1024), lambda: Linear(8).rope_parameters(64, 1e4, 2048, 16385),
     lambda: Linear(8).rope_parameters(64, 1e4, 2048, 4096, partial_rotary_factor=2),
     lambda: from_config(to_config(LlamaConfig(), Linear(2), 1e4, 2048, 4096), original=99),
@@ -164,6 +171,7 @@ def llama(p, n=4096): return LlamaConfig(hidden_size=128, num_attention_heads=1,
     lambda: from_config(llama({'rope_type': 'yarn', 'factor': 2., 'rope_theta': 1e4, 'original_max_position_embeddings': 2048, 'mscale': 1., 'mscale_all_dim': 1.})),
     lambda: from_config(llama({'rope_type': 'longrope', 'factor': 2., 'rope_theta': 1e4, 'original_max_position_embeddings': 2048, 'short_factor': [1.] * 64, 'long_factor': [1.] * 64})),
     lambda: from_config(llama(YaRNRevised(2, beta_fast=16).rope_parameters(128, 1e4, 2048, 4096))),
+    lambda: from_config(bare({'rope_type': 'longrope', 'factor': 2., 'rope_theta': 1e4, 'original_max_position_embeddings': 2048, 'attention_factor': 1.})),
 ])
 def test_bad_input_is_one_sentence(call):
     with pytest.raises(PoseError) as e: call()

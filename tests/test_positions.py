@@ -122,6 +122,13 @@ def test_samplers_are_values_and_travel():
     lambda: PoSE(8, 20, content='x'), lambda: PoSE(8, 20, first_chunk='x'), lambda: Contiguous(8, 7), lambda: FullLength(0), lambda: RandPos(8, 7), lambda: RandPos(8, 20.),
     lambda: get_sampler('x', 8, 20), lambda: get_sampler('pose', 8, 20, chunk=2), lambda: get_sampler('full', 8, 20, chunks=2), lambda: example_rng(0, -1, 0),
     lambda: example_rng(2**64, 0, 0), lambda: example_rng(.5, 0, 0), lambda: chunk_positions([1, 2], [3, 2]), lambda: chunk_positions([0, 2], [0, 2]), lambda: chunk_positions([[1, 2], [1, 3]], [[0, 1], [0, 1]]),
-    lambda: chunk_positions([1, 2], [0])])
+    lambda: chunk_positions([1, 2], [0]), lambda: rising_biases(-1, 2, 3, example_rng(0, 0, 0)), lambda: rising_biases(np.array([3, -1]), 2, 2, example_rng(0, 0, 0))])
 def test_bad_requests(bad):
     with pytest.raises(PoseError): bad()
+
+@pytest.mark.parametrize('window,target,golden', [(3, 6, {0: .75, 1: 2.5, 2: 4.25}), (2048, 16384, {0: 6.9966, 1: 14.9932, 1024: 8195.498, 2047: 16376.003})])
+def test_randpos_means_are_those_of_order_statistics(window, target, golden):
+    p = RandPos(window, target).batch(np.full(256, window), example_rng(0, 0, 12)).position_ids
+    for k, mean in golden.items():
+        assert abs((k + 1) * (target + 1) / (window + 1) - 1 - mean) < 1e-3
+        assert abs(p[:, k].mean() - mean) < 4 * p[:, k].std() / 16
