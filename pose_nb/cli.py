@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['VERBS', 'tokens', 'token_list', 'make_parser', 'usage', 'find_verb', 'show', 'resume_command', 'run_verb', 'main']
 
-# %% ../nbs/11_cli.ipynb #64d98b67
-import argparse, inspect, json, os, shlex, sys, types, typing, warnings
+# %% ../nbs/11_cli.ipynb #99847751
+import argparse, inspect, json, os, shlex, sys, warnings
 from pathlib import Path
 
 from fastcore.docments import docments
 
 import pose_nb
-from .common import PoseError, check, write_atomic
+from .common import PoseError
 
 # %% ../nbs/11_cli.ipynb #33ccfeec
 def tokens(

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PoseError', 'check', 'choose', 'write_atomic', 'write_json', 'read_json', 'hardware', 'environment']
 
-# %% ../nbs/90_common.ipynb #32e682fa
-import json, os, platform, sys, tempfile
+# %% ../nbs/90_common.ipynb #bfe826fa
+import json, os, platform, tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 

@@ -6,9 +6,9 @@
 __all__ = ['held_out', 'stdlib_documents', 'read_documents', 'TokenStore', 'tokenize', 'save_store', 'load_store', 'usable',
            'WindowDataset', 'training_example', 'collate', 'GeneratedDataset', 'Mixture']
 
-# %% ../nbs/04_data.ipynb #49acd491
-import gzip, hashlib, os, sysconfig
-from dataclasses import dataclass, field
+# %% ../nbs/04_data.ipynb #9e99ee51
+import hashlib, sysconfig
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np, torch

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['save_extended', 'write_record', 'read_record', 'check_reload', 'markdown_table', 'write_card', 'claim_folder']
 
-# %% ../nbs/10_export.ipynb #4fe24f13
+# %% ../nbs/10_export.ipynb #aed2f32b
 import json, os, shutil, tempfile
 from pathlib import Path
 
 import torch
 
 from .common import PoseError, check, environment, read_json, write_atomic, write_json
-from .model import load_model, rope_info, rotary_modules
+from .model import rope_info
 
 # %% ../nbs/10_export.ipynb #c34ad338
 def _write_model(model, tokenizer, folder:Path):

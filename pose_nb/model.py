@@ -7,15 +7,15 @@ __all__ = ['default_base', 'load_config', 'check_attention', 'load_model', 'load
            'rope_info', 'check_exact', 'set_scaling', 'check_frequencies', 'check_sliding_window', 'SeamReport',
            'seam_guard']
 
-# %% ../nbs/05_model.ipynb #15285c3d
+# %% ../nbs/05_model.ipynb #6cf30952
 import contextlib, importlib.resources, importlib.util, warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np, torch
+import torch
 
-from .common import PoseError, check, read_json
-from .interpolation import NoScaling, from_config, to_config
+from .common import PoseError, check
+from .interpolation import from_config, to_config
 
 # %% ../nbs/05_model.ipynb #43c8b61b
 def default_base()->Path: # Folder of the model inside this package

@@ -7,7 +7,7 @@ __all__ = ['TASK', 'GARBAGE', 'INFO', 'QUESTION', 'PIECES', 'passkey_text', 'ans
            'trial_rng', 'draw_key', 'first_number', 'prefill', 'continue_greedy', 'score_answers', 'wilson',
            'PasskeyRow', 'PasskeyResult', 'play_batch', 'passkey_trials', 'passkey', 'depth_plot']
 
-# %% ../nbs/08_retrieval.ipynb #171d05c6
+# %% ../nbs/08_retrieval.ipynb #71fa34f9
 import copy, re
 from dataclasses import dataclass, field, fields
 from itertools import groupby
@@ -20,7 +20,7 @@ from transformers.cache_utils import DynamicLayer
 
 from .common import check
 from .perplexity import _bar, _integer, _length_dependent, check_lengths, evaluating
-from .plots import length_plot, table, token_axis, token_label
+from .plots import length_plot, table, token_label
 
 # %% ../nbs/08_retrieval.ipynb #bd156f4b
 TASK = "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. I will quiz you about the important information there."

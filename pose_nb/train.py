@@ -8,9 +8,9 @@ __all__ = ['chunked_loss', 'label_weight', 'LossModel', 'head_guard', 'TrainSett
            'check_resume', 'load_checkpoint', 'StopFlag', 'peak_memory', 'read_log', 'TrainResult', 'train',
            'plot_loss']
 
-# %% ../nbs/06_train.ipynb #38999de3
-import contextlib, hashlib, inspect, json, math, os, resource, shutil, signal, sys, threading, time
-from dataclasses import asdict, dataclass, field, fields
+# %% ../nbs/06_train.ipynb #f1bb825f
+import contextlib, hashlib, json, math, os, resource, shutil, signal, sys, threading, time
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch, torch.nn.functional as F

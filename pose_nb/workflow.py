@@ -7,16 +7,16 @@ __all__ = ['DEMO_TARGET', 'DEMO_LENGTHS', 'DEMO', 'DEMO_MIX', 'plan_extension', 
            'extend', 'save_figure', 'default_lengths', 'heldout_texts', 'eval_ppl', 'eval_passkey', 'coverage_report',
            'demo_variants', 'demo', 'demo_rows', 'demo_plots']
 
-# %% ../nbs/10b_workflow.ipynb #45a3b38c
-import contextlib, math, os, shutil, sys
-from dataclasses import asdict, replace
+# %% ../nbs/10b_workflow.ipynb #0fbec6f7
+import contextlib, os, shutil, sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from fastcore.meta import delegates
 from transformers.utils.logging import disable_progress_bar
 
-from .common import PoseError, check, choose, environment, read_json, write_atomic, write_json
+from .common import PoseError, check, choose, environment, write_atomic, write_json
 from .coverage import coverage, never_seen, plot_coverage
 from .data import GeneratedDataset, Mixture, WindowDataset, load_store, read_documents, save_store, stdlib_documents, tokenize
 from .export import check_reload, claim_folder, read_record, save_extended, write_card, write_record
@@ -98,7 +98,7 @@ def make_dataset(
     for d, _ in parts: d[0]      # a generator refuses a window that is too short for it
     return parts[0][0] if len(parts) == 1 else Mixture(parts, seed)
 
-# %% ../nbs/10b_workflow.ipynb #0c764163
+# %% ../nbs/10b_workflow.ipynb #d7cda6f7
 def _resume_plan(out, plan):
     "Compare a plan with the one the folder was started with."
     old = read_record(out).get('plan')
@@ -113,12 +113,16 @@ def _resume_from(out, plan, checkpoint, settings):
     check_resume(where, settings)
     return where
 
+def _say_short(report):
+    "Tell how many documents are too short to be used, if any."
+    if report['short']: print(f"{report['short']:,} of {report['documents']:,} documents have fewer than {report['need']:,} tokens and are not used ({report['short_tokens']:,} tokens).", file=sys.stderr, flush=True)
+
 def _documents_of(data, out, tokenizer, text_field, resume, progress):
     "The token store of a run: made once, kept in the run's folder, reopened on resume."
     if resume and (out/'data'/'store.json').exists(): return load_store(out/'data')
     return load_store(save_store(tokenize(read_documents(data, text_field), tokenizer, progress=progress), out/'data'))
 
-# %% ../nbs/10b_workflow.ipynb #b197caa9
+# %% ../nbs/10b_workflow.ipynb #6573d506
 @delegates(TrainSettings)
 def extend(
     model,                          # Checkpoint folder or hub id of a RoPE model
@@ -160,6 +164,7 @@ def extend(
         set_scaling(net, get_scaling(scaling, plan['factor']), max(target, plan['original']))
         top, vocab = int(store.tokens.max()), net.get_input_embeddings().num_embeddings
         check(top < vocab, f"the tokenizer gives token id {top}, but the model's vocabulary has {vocab} entries; use the tokenizer of this model.")
+        _say_short(dataset.report)
         write_record(out, dict(status='running', plan=plan, settings=asdict(settings), data=dataset.report))
         return _finish(out, net, tokenizer, train(net, dataset, settings, out, where, progress), load_config(model, trust_remote_code).dtype)
     except BaseException as e:
