@@ -106,7 +106,7 @@ def markdown_table(
     lines = [list(rows[0])] + [['---'] * len(rows[0])] + [[show(v) for v in r.values()] for r in rows]
     return '\n'.join('| ' + ' | '.join(l) + ' |' for l in lines) + '\n'
 
-# %% ../nbs/10_export.ipynb #744dab31
+# %% ../nbs/10_export.ipynb #be3cd0f6
 _CARD = """---
 library_name: transformers
 tags: [long-context, rope, {sampler}, {scaling}]
@@ -149,7 +149,7 @@ def write_card(
     made = [dict(what=k, value=v) for k, v in (plan | r.get('result', {})).items() if not isinstance(v, (dict, list))]
     made += [dict(what='software', value=', '.join(f'{k} {env[k]}' for k in ('pose_nb', 'torch', 'transformers'))), dict(what='hardware', value=env['hardware'])]
     text = _CARD.format(title=out.resolve().name, sampler=plan.get('sampler', 'unknown'), scaling=plan.get('scaling', 'unknown'), base=json.dumps(plan.get('model', 'unknown'), ensure_ascii=False),
-                        original=r['rope']['original'], length=r['rope']['length'], made=markdown_table(made), evals=_eval_section(out), url='https://github.com/pose-nb/pose_nb')
+                        original=r['rope']['original'], length=r['rope']['length'], made=markdown_table(made) + '\n![Training loss](loss.svg)\n' * (out/'loss.svg').exists(), evals=_eval_section(out), url='https://github.com/pose-nb/pose_nb')
     return write_atomic(out/'README.md', text)
 
 # %% ../nbs/10_export.ipynb #bbafc774

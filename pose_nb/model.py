@@ -150,10 +150,10 @@ def check_sliding_window(
     warnings.warn(msg)
     return msg
 
-# %% ../nbs/05_model.ipynb #920aa13b
+# %% ../nbs/05_model.ipynb #820f2e57
 @contextlib.contextmanager
 def _evaluating(model):
-    "Run in evaluation mode without gradients; put the mode back."
+    "Run in evaluation mode without gradients; put the mode back. (Not inference mode: training could not use a tensor that a module keeps from it.)"
     mode = model.training
     model.eval()
     try:

@@ -12,7 +12,7 @@ os.environ.setdefault('HF_HUB_OFFLINE', '1')
 import numpy as np, torch
 
 WINDOW, ROWS = 256, 4
-MALLOC = {f'MALLOC_{k}_': str(2**30) for k in ('MMAP_THRESHOLD', 'TRIM_THRESHOLD')}   # glibc keeps freed memory, so that no side pays for page faults
+MALLOC = dict(MALLOC_MMAP_THRESHOLD_=str(2**25), MALLOC_TRIM_THRESHOLD_=str(2**32))   # glibc keeps freed memory, so that no side pays for page faults
 CUDA = torch.cuda.is_available()
 
 
