@@ -84,12 +84,9 @@ def _check_reach(w, target):
 def chunk_runs(
     w:Window,  # A batch, arrays of shape (batch, window); positions advance by 1 inside a chunk
 )->tuple: # (starts, lengths), int64, each (batch, chunks): first position and tokens of each chunk
-    "Where the chunks of a batch lie. Raises `PoseError` if positions skip inside a chunk or examples differ in their number of chunks."
-    n, N = len(w), int(w.chunk_id.max()) + 1
+    "Where the chunks of a batch lie. Raises `PoseError` if positions skip inside a chunk."
     check(_steady(w), "positions skip inside a chunk; use `tally_positions`.")
-    lengths = np.bincount((np.arange(n)[:, None] * N + w.chunk_id).ravel(), minlength=n * N).reshape(n, N)
-    check(lengths.min() > 0, "examples of one batch have different numbers of chunks; tally them apart.")
-    return np.take_along_axis(w.position_ids, lengths.cumsum(1) - lengths, 1), lengths
+    return np.take_along_axis(w.position_ids, w.lengths.cumsum(1) - w.lengths, 1), w.lengths
 
 # %% ../nbs/03_coverage.ipynb #04dd9308
 def tally_chunks(
@@ -170,7 +167,7 @@ def _counted(sampler, examples, seed):
     total = np.zeros((2, sampler.target))
     for k in range(0, examples, 256):
         w = sampler.batch(np.full(min(256, examples - k), sampler.min_doc_len), example_rng(seed, 0, k))
-        total += (tally_chunks if w.chunk_id.max() < 16 and _steady(w) else tally_positions)(w, sampler.target)
+        total += (tally_chunks if w.lengths.shape[1] <= 16 and _steady(w) else tally_positions)(w, sampler.target)
     return total / examples
 
 # %% ../nbs/03_coverage.ipynb #e2c99170

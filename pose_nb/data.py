@@ -223,7 +223,7 @@ def __getitem__(self:WindowDataset, index:int):
 # %% ../nbs/04_data.ipynb #fa1e7e24
 def training_example(
     ids:np.ndarray,             # int64, shape (excerpt,): the tokens a window may read
-    window,                     # `Window` from a sampler: `input_index`, `position_ids`, `chunk_id`
+    window,                     # `Window` from a sampler: `input_index`, `position_ids`, `lengths`
     weights:np.ndarray=None,    # float32, shape (excerpt,): weight of each token's loss, >= 0; None for all ones
     mask_seam:bool=True,        # Give -100 to the first label after a jump in the text
 )->dict: # input_ids, labels, position_ids, attention_mask, loss_weights; each of shape (window,)

@@ -58,12 +58,12 @@ def chunk_positions(
     check(skips.min() >= 0 and (np.diff(skips) >= 0).all(), "skips must start at 0 or more and never decrease, or chunks would overlap.")
     window = lengths.sum(-1).reshape(-1)
     check((window == window[0]).all(), "rows have different totals; every example of a batch needs the same window.")
-    return _spread(lengths, skips, int(window[0]), np.arange(window[0])).reshape(*lengths.shape[:-1], -1)
+    return _spread(lengths, skips, np.arange(window[0])).reshape(*lengths.shape[:-1], -1)
 
-def _spread(lengths, biases, window, add=None):
-    "Repeat each bias over its chunk, then add `add` in place: one pass to write, one to add."
-    out = np.repeat(biases.reshape(-1), lengths.reshape(-1)).reshape(-1, window)
-    if add is not None: out += add
+def _spread(lengths, biases, steps):
+    "Repeat each bias over its chunk, then add 0, 1, 2, ... in place: one pass to write, one to add."
+    out = np.repeat(biases.reshape(-1), lengths.reshape(-1)).reshape(-1, len(steps))
+    out += steps
     return out
 
 # %% ../nbs/02_positions.ipynb #97d5e61b
@@ -72,7 +72,7 @@ class Window:
     "One training example, or a batch of them, as index arrays."
     input_index:np.ndarray   # Which token of the document, int64, shape (window,) or (batch, window), strictly increasing
     position_ids:np.ndarray  # At which position, int64, same shape, strictly increasing, within [0, target)
-    chunk_id:np.ndarray      # In which chunk, int64, same shape, from 0, never decreasing
+    lengths:np.ndarray       # Tokens per chunk, int64, shape (chunks,) or (batch, chunks), each at least 1, every row adds up to `window`
 
     def __len__(self):
         "Examples of a batch; tokens of a single example."
@@ -80,7 +80,13 @@ class Window:
 
     def __getitem__(self, i):
         "Example `i` of a batch."
-        return Window(self.input_index[i], self.position_ids[i], self.chunk_id[i])
+        return Window(self.input_index[i], self.position_ids[i], self.lengths[i])
+
+    @property
+    def chunk_id(self):
+        "In which chunk each token is, int64, shape of `position_ids`, from 0, never decreasing."
+        chunk = np.broadcast_to(np.arange(self.lengths.shape[-1]), self.lengths.shape)
+        return np.repeat(chunk.reshape(-1), self.lengths.reshape(-1)).reshape(self.position_ids.shape)
 
     @property
     def seams(self):
@@ -207,14 +213,13 @@ def batch(
     lengths = chunk_lengths(self.window, self.chunks, n, rng, self.first_chunk)
     skips = rising_biases(self.target - self.window, self.chunks, n, rng)
     offsets = choose(self.content, CONTENT, 'content')(skips, spare, rng)
-    ids = np.tile(np.arange(self.chunks), n)
-    return Window(_spread(lengths, offsets, self.window, steps), _spread(lengths, skips, self.window, steps), _spread(lengths, ids, self.window))
+    return Window(_spread(lengths, offsets, steps), _spread(lengths, skips, steps), lengths)
 
 # %% ../nbs/02_positions.ipynb #0108e382
 def _dense(n, window):
     "Windows that read and number tokens 0, 1, 2, ..."
     a = np.tile(np.arange(window), (n, 1))
-    return Window(a, a.copy(), np.zeros_like(a))
+    return Window(a, a.copy(), np.full((n, 1), window))
 
 @dataclass(frozen=True)
 class Contiguous(Sampler):
@@ -274,7 +279,7 @@ class RandPos(Sampler):
             positions[i:i + rows] = np.argpartition(keys, self.window - 1, axis=1)[:, :self.window]
         positions.sort(axis=1)
         index = np.tile(np.arange(self.window), (n, 1))
-        return Window(index, positions, index.copy())
+        return Window(index, positions, np.ones_like(index))
 
 # %% ../nbs/02_positions.ipynb #68353699
 SAMPLERS = {s.name: s for s in (PoSE, Contiguous, FullLength, RandPos)}

@@ -109,22 +109,32 @@ def bench_overhead(repeats):
 
 
 def loop_draw(ids, window, target):
-    "One example as a Python loop draws it: random.randint, list slices and lists of positions (as the released preprocessing does)."
+    "One example as the released preprocessing draws it: `random.randint`, list slices, positions moved in a tensor."
     n = min(len(ids), window)
     first, end, skip = random.randint(1, (n + 1) // 2), random.randint(n, len(ids)), random.randint(0, target - n)
-    return ids[:first] + ids[end - (n - first):end], list(range(first)) + list(range(skip + first, skip + n))
+    positions = torch.arange(n)
+    positions[first:] += skip
+    return ids[:first] + ids[end - (n - first):end], positions
 
 
 def bench_draw(repeats, window=2048, target=16_384, n=128):
-    "Examples per second of the vectorised draw against the loop, both ending in arrays of token indices and positions."
+    "Time per example of the vectorised draw and of the loop, up to what each returns and up to the two arrays of a batch."
     from pose_nb.positions import PoSE
     sampler, ids, lens = PoSE(window, target, first_chunk='code'), list(range(5*window)), np.full(n, 5*window)
-    rng = np.random.default_rng(0)
+    rng, tokens = np.random.default_rng(0), np.array(ids)
+    def draw(): return sampler.batch(lens, rng)
+    def draw_batch():
+        w = draw()
+        return tokens[w.input_index], w.position_ids
     def loop(): return [loop_draw(ids, window, target) for _ in range(n)]
-    def loop_arrays(): return [np.array(x, np.int64) for x in zip(*[loop_draw(ids, window, target) for _ in range(n)])]
-    def floor(): return [np.full((n, window), 1) for _ in range(3)]
-    t = interleaved({'vectorised': lambda: sampler.batch(lens, rng), 'loop, lists': loop, 'loop, arrays': loop_arrays, 'only writing': floor}, repeats)
-    return [dict(what=k, us_per_example=statistics.median(v)/n*1e6, vectorised_is_faster_by=paired_ratio(v, t['vectorised'])) for k, v in t.items()]
+    def loop_batch():                                                     # the release's collator does the same three times per example
+        x, p = zip(*loop())
+        return torch.stack([torch.tensor(i) for i in x]), torch.stack(p)
+    def floor(): return [np.full((n, window), 1) for _ in range(2)]
+    todo = {'sampler: token indices and positions': draw, 'sampler: batch of tokens and positions': draw_batch,
+            'loop: a list and a tensor each': loop, 'loop: batch of tokens and positions': loop_batch, 'only filling two arrays': floor}
+    t = interleaved(todo, repeats)
+    return [dict(what=k, us_per_example=statistics.median(v)/n*1e6, against_draw=paired_ratio(v, t[list(todo)[0]]), against_draw_of_batch=paired_ratio(v, t[list(todo)[1]])) for k, v in t.items()]
 
 
 def bench_loss():
