@@ -10,6 +10,8 @@ from .common import *
 from .plots import *
 from .rope import *
 from .interpolation import *
+from .rope_config import *
+from .convert import *
 from .positions import *
 from .coverage import *
 from .data import *
