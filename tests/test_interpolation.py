@@ -225,7 +225,7 @@ def bare(p):
     lambda: from_config(to_config(LlamaConfig(), Linear(2), 1e4, 2048, 4096), original=99),
     lambda: from_config(object()), lambda: from_config(llama({'rope_type': 'linear', 'factor': 2., 'rope_theta': 1e4})),
     lambda: from_config(bare({'rope_type': 'proportional', 'rope_theta': 1e4})), lambda: from_config(bare({'rope_type': 'banana', 'rope_theta': 1e4})),
-    lambda: from_config(bare({'full_attention': {'rope_type': 'default'}, 'sliding_attention': {'rope_type': 'default'}})), lambda: rope_entry(bare({'sliding_attention': {'rope_type': 'default'}})),
+    lambda: from_config(bare({'full_attention': {'rope_type': 'default'}, 'sliding_attention': {'rope_type': 'default'}})), lambda: wide_layers(bare({'full_attention': {}, 'indexed_attention': {}})), lambda: rope_entry(bare({'sliding_attention': {'rope_type': 'default'}})),
     lambda: from_config(llama(YaRN(2).rope_parameters(128, 1e4, 2048, 4096), 8192)), lambda: from_config(llama({'rope_type': 'linear', 'factor': 2., 'rope_theta': 1e4}), original=1024),
     lambda: LongRoPE(8), lambda: LongRoPE(8, long_factor='1, 2'), lambda: LongRoPE(8, long_factor=[1., 0.]), lambda: LongRoPE(8, [1.] * 32, [1.] * 31)(64, 1e4, 2048), lambda: LongRoPE(8, [1.] * 31)(64, 1e4, 2048),
     lambda: Llama3(8, low_freq_factor=4), lambda: ABF(8)(64, 1e6, 2048), lambda: ABF(8, rope_theta=0), lambda: NTKByParts(8)(64, 1e4, None), lambda: DynamicNTK(8).at(0, 2048),
