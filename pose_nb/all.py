@@ -16,9 +16,11 @@ from .positions import *
 from .coverage import *
 from .data import *
 from .model import *
+from .architectures import *
 from .train import *
 from .perplexity import *
 from .retrieval import *
 from .practice import *
 from .export import *
+from .doctor import *
 from .workflow import *

@@ -71,6 +71,8 @@ def _option(p, name, flag, anno, default, help_):
 # %% ../nbs/11_cli.ipynb #216ba49e
 VERBS = {('demo',): ('demo', 'the whole story, offline, on a CPU, in minutes'),
          ('extend',): ('extend', "extend a model's context window"),
+         ('patch',): ('patch_model', 'another rotation without training; weights are linked'),
+         ('doctor',): ('doctor', 'will it load, and rotate the same, elsewhere?'),
          ('eval', 'ppl'): ('eval_ppl', 'perplexity at several lengths'),
          ('eval', 'passkey'): ('eval_passkey', 'find a number hidden far away'),
          ('coverage',): ('coverage_report', 'which relative distances training meets')}

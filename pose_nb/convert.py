@@ -6,7 +6,7 @@
 __all__ = ['CONVERTED', 'phi_config', 'to_phi', 'baichuan_config', 'load_baichuan', 'converted_config', 'converted',
            'is_baichuan']
 
-# %% ../nbs/05a_convert.ipynb #a5768d69
+# %% ../nbs/05a_convert.ipynb #c3fb731c
 import json
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from .common import check, read_json
 from .rope import layout_permutation
 
-# %% ../nbs/05a_convert.ipynb #2d17e721
+# %% ../nbs/05a_convert.ipynb #b034c025
 def phi_config(
     config,  # The config of a GPT-J or CodeGen model
 ): # A `PhiConfig` of the same shape
@@ -28,7 +28,7 @@ def phi_config(
                      hidden_act=c.activation_function, max_position_embeddings=c.n_positions, layer_norm_eps=c.layer_norm_epsilon, rope_parameters=rope, resid_pdrop=c.resid_pdrop,
                      embd_pdrop=c.embd_pdrop, attention_dropout=c.attn_pdrop, tie_word_embeddings=c.tie_word_embeddings, bos_token_id=c.bos_token_id, eos_token_id=c.eos_token_id, dtype=c.dtype)
 
-# %% ../nbs/05a_convert.ipynb #7d45e190
+# %% ../nbs/05a_convert.ipynb #1d4fb03a
 _PHI_NAMES = {'transformer.wte.': 'model.embed_tokens.', 'transformer.ln_f.': 'model.final_layernorm.', 'transformer.h.': 'model.layers.', '.ln_1.': '.input_layernorm.',
               '.attn.out_proj.': '.self_attn.dense.', '.attn.': '.self_attn.', '.mlp.fc_in.': '.mlp.fc1.', '.mlp.fc_out.': '.mlp.fc2.'}
 
@@ -55,7 +55,7 @@ def _phi_state(model):
         if name.endswith(('q_proj.weight', 'k_proj.weight', 'v_proj.weight', 'dense.weight')): state[name.replace('weight', 'bias')] = w.new_zeros(len(w))
     return state
 
-# %% ../nbs/05a_convert.ipynb #f805c4e2
+# %% ../nbs/05a_convert.ipynb #65d79b15
 def to_phi(
     model,                          # A GPT-J or CodeGen model of transformers
     attn_implementation:str=None,   # Attention code of the Phi; None lets transformers choose
@@ -75,7 +75,7 @@ def _fill(model, state, what):
         if 'RotaryEmbedding' in type(m).__name__: model.set_submodule(name, type(m)(config=model.config))
     return model
 
-# %% ../nbs/05a_convert.ipynb #e2eb3847
+# %% ../nbs/05a_convert.ipynb #d22af015
 def baichuan_config(
     config:dict,  # The config.json of a Baichuan checkpoint
 ): # A `LlamaConfig` of the same shape
@@ -95,7 +95,7 @@ def _llama_state(state, normalise):
         else: out[name] = torch.nn.functional.normalize(w.float()).to(w.dtype) if name == 'lm_head.weight' and normalise else w
     return out
 
-# %% ../nbs/05a_convert.ipynb #b7d47799
+# %% ../nbs/05a_convert.ipynb #fe0c5e4a
 def _read_weights(folder):
     "All tensors of a checkpoint folder; pickles are opened as data only."
     from safetensors.torch import load_file
@@ -113,7 +113,7 @@ def load_baichuan(
     with torch.device('meta'): llama = LlamaForCausalLM(config)
     return _fill(llama, _llama_state(_read_weights(folder), normalise=config.vocab_size != 64_000), 'baichuan').eval()
 
-# %% ../nbs/05a_convert.ipynb #216d0acb
+# %% ../nbs/05a_convert.ipynb #8788dea8
 CONVERTED = {'gptj': (phi_config, to_phi), 'codegen': (phi_config, to_phi)}
 
 def converted_config(

@@ -176,7 +176,8 @@ def _rebuild(model, modules):
     new = {}
     for name, old in modules.items():
         if id(old) not in new:
-            try: new[id(old)] = type(old)(config=model.config).to(frequencies(old)[0].device)
+            where = frequencies(old)[0].device
+            try: new[id(old)] = type(old)(config=model.config).to('cpu' if where.type == 'meta' else where)     # a skeleton gets real numbers
             except (AttributeError, KeyError, TypeError, ValueError) as e:
                 raise PoseError(f"the rotary module {name} of {type(model).__name__} cannot be rebuilt from its config ({type(e).__name__}: {_first_line(e)}); this architecture cannot be extended here.") from None
         model.set_submodule(name, new[id(old)])

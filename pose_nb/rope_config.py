@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['LONGROPE_ONLY', 'wide_layers', 'rope_entry', 'rotary_dim', 'to_config', 'from_config']
 
-# %% ../nbs/01b_config.ipynb #2ce1eb28
+# %% ../nbs/01b_config.ipynb #7bac3b1f
 import copy, math
 
 from .common import check
 from .interpolation import DynamicNTK, Linear, Llama3, LongRoPE, NoScaling, NTK, NTKByParts, YaRN, YaRNRevised, _as_longrope, _real, _tokens
 
-# %% ../nbs/01b_config.ipynb #db1bc04d
+# %% ../nbs/01b_config.ipynb #5a592d2d
 def wide_layers(
     config,  # A transformers config
 )->str: # A key of `rope_parameters`, or '' if there is one entry for all layers
@@ -38,7 +38,7 @@ def rotary_dim(
     share = rope_entry(config).get('partial_rotary_factor') or getattr(config, 'partial_rotary_factor', None) or 1.
     return int(head * share)
 
-# %% ../nbs/01b_config.ipynb #9550214e
+# %% ../nbs/01b_config.ipynb #d4f3b5a4
 LONGROPE_ONLY = ('phi3', 'phi4_multimodal', 'phimoe')
 
 def _entry(config, scaling, dim, base, original, target, share):
@@ -68,7 +68,7 @@ def to_config(
     if new['rope_theta'] != base: config.original_rope_theta = float(base)
     return config
 
-# %% ../nbs/01b_config.ipynb #e036c907
+# %% ../nbs/01b_config.ipynb #bb455afe
 def _read_default(config, rp, factor, dim, base, original):
     before = getattr(config, 'original_rope_theta', None)
     if before is None or before >= base: return NoScaling(), base
@@ -92,7 +92,7 @@ _READ = {'default': _read_default, 'yarn': _read_yarn, 'longrope': _read_longrop
          'dynamic': lambda config, rp, factor, dim, base, original: (DynamicNTK(factor), base),
          'llama3': lambda config, rp, factor, dim, base, original: (Llama3(factor, rp['low_freq_factor'], rp['high_freq_factor']), base)}
 
-# %% ../nbs/01b_config.ipynb #490eef22
+# %% ../nbs/01b_config.ipynb #4fb3660e
 def from_config(
     config,             # A transformers config
     original:int=None,  # Original length in tokens, for a config that does not record it

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DEMO_TARGET', 'DEMO_LENGTHS', 'DEMO', 'DEMO_MIX', 'plan_extension', 'make_scaling', 'make_sampler', 'bos_id',
-           'make_dataset', 'extend', 'save_figure', 'default_lengths', 'heldout_texts', 'eval_ppl', 'eval_passkey',
-           'coverage_report', 'demo_variants', 'demo', 'demo_rows', 'demo_plots']
+           'make_dataset', 'extend', 'save_figure', 'patch_model', 'default_lengths', 'heldout_texts', 'eval_ppl',
+           'eval_passkey', 'coverage_report', 'demo_variants', 'demo', 'demo_rows', 'demo_plots']
 
 # %% ../nbs/10b_workflow.ipynb #0fbec6f7
 import contextlib, os, shutil, sys, warnings
@@ -19,7 +19,8 @@ from transformers.utils.logging import disable_progress_bar
 from .common import PoseError, check, choose, environment, write_atomic, write_json
 from .coverage import coverage, never_seen, plot_coverage
 from .data import GeneratedDataset, Mixture, WindowDataset, load_store, read_documents, save_store, stdlib_documents, tokenize
-from .export import check_reload, claim_folder, read_record, save_extended, write_card, write_record
+from .doctor import doctor
+from .export import check_reload, claim_folder, patch_checkpoint, read_record, save_extended, write_card, write_record
 from .interpolation import SCALINGS, get_scaling
 from .rope_config import from_config, rotary_dim
 from .model import cast_weights, check_attention, check_exact, check_sliding_window, default_base, load_config, load_model, load_tokenizer, rope_info, set_scaling
@@ -222,6 +223,24 @@ def save_figure(
     ax.figure.savefig(buffer, format=Path(path).suffix[1:], metadata={'Date': None} if Path(path).suffix == '.svg' else None)
     plt.close(ax.figure)
     return write_atomic(path, buffer.getvalue())
+
+# %% ../nbs/10b_workflow.ipynb #ce92b3e8
+def patch_model(
+    model,                        # Checkpoint folder or hub id
+    target:int,                   # Context length to claim, in tokens
+    output_dir,                   # Where the new checkpoint goes; must be new or empty
+    scaling:str='yarn',           # Interpolation: none, linear, ntk, ntk_by_parts, yarn, yarn_revised, llama3, longrope, dynamic, abf
+    scaling_kwargs:dict=None,     # Further fields of the interpolation, such as {"beta_fast": 16}, or {"long_factor": [...]} for longrope
+    original:int=None,            # Window the model was first trained on, in tokens; None: what its config records
+    copy:bool=False,              # Copy the weights instead of linking them
+    trust_remote_code:bool=False, # Run code that comes with the checkpoint
+)->dict: # The record, as in `pose_nb.json`
+    "Give a checkpoint another rotation without training; its weights are linked. Raises `PoseError` if the scheme does not fit."
+    found, _, original = from_config(load_config(model, trust_remote_code), original)
+    check(target >= original, f"target {target} is shorter than the original window of {original} tokens; ask for at least {original}.")
+    check_exact(target)
+    out = patch_checkpoint(model, get_scaling(scaling, target / original, **(scaling_kwargs or {})), target, output_dir, original, copy, trust_remote_code)
+    return read_record(out)
 
 # %% ../nbs/10b_workflow.ipynb #3b9494cb
 def default_lengths(
