@@ -6,29 +6,31 @@
 __all__ = ['CONVERTED', 'phi_config', 'to_phi', 'baichuan_config', 'load_baichuan', 'converted_config', 'converted',
            'is_baichuan']
 
-# %% ../nbs/05a_convert.ipynb #c3fb731c
-import json
+# %% ../nbs/05a_convert.ipynb #53b23094
+import json, math
 from pathlib import Path
 
 import torch
-from fastcore.basics import patch
 
 from .common import check, read_json
 from .rope import layout_permutation
 
-# %% ../nbs/05a_convert.ipynb #b034c025
+# %% ../nbs/05a_convert.ipynb #6a863f8c
 def phi_config(
     config,  # The config of a GPT-J or CodeGen model
 ): # A `PhiConfig` of the same shape
     "The Phi config whose model computes what this one computes."
     from transformers import PhiConfig
     c, head = config, config.n_embd // config.n_head
-    rope = dict(rope_type='default', rope_theta=10_000., partial_rotary_factor=c.rotary_dim / head)
-    return PhiConfig(vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.n_inner or 4 * c.n_embd, num_hidden_layers=c.n_layer, num_attention_heads=c.n_head,
-                     hidden_act=c.activation_function, max_position_embeddings=c.n_positions, layer_norm_eps=c.layer_norm_epsilon, rope_parameters=rope, resid_pdrop=c.resid_pdrop,
-                     embd_pdrop=c.embd_pdrop, attention_dropout=c.attn_pdrop, tie_word_embeddings=c.tie_word_embeddings, bos_token_id=c.bos_token_id, eos_token_id=c.eos_token_id, dtype=c.dtype)
+    share = c.rotary_dim / head
+    if int(head * share) < c.rotary_dim: share = math.nextafter(share, 2)       # transformers cuts off the product
+    rope = dict(rope_type='default', rope_theta=10_000., partial_rotary_factor=share)
+    sizes = dict(vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.n_inner or 4 * c.n_embd, num_hidden_layers=c.n_layer, num_attention_heads=c.n_head)
+    drop = dict(resid_pdrop=c.resid_pdrop, embd_pdrop=c.embd_pdrop, attention_dropout=c.attn_pdrop)
+    same = {k: getattr(c, k) for k in ('tie_word_embeddings', 'bos_token_id', 'eos_token_id', 'dtype')}
+    return PhiConfig(**sizes, **drop, **same, hidden_act=c.activation_function, max_position_embeddings=c.n_positions, layer_norm_eps=c.layer_norm_epsilon, rope_parameters=rope)
 
-# %% ../nbs/05a_convert.ipynb #1d4fb03a
+# %% ../nbs/05a_convert.ipynb #372c520d
 _PHI_NAMES = {'transformer.wte.': 'model.embed_tokens.', 'transformer.ln_f.': 'model.final_layernorm.', 'transformer.h.': 'model.layers.', '.ln_1.': '.input_layernorm.',
               '.attn.out_proj.': '.self_attn.dense.', '.attn.': '.self_attn.', '.mlp.fc_in.': '.mlp.fc1.', '.mlp.fc_out.': '.mlp.fc2.'}
 
@@ -55,7 +57,7 @@ def _phi_state(model):
         if name.endswith(('q_proj.weight', 'k_proj.weight', 'v_proj.weight', 'dense.weight')): state[name.replace('weight', 'bias')] = w.new_zeros(len(w))
     return state
 
-# %% ../nbs/05a_convert.ipynb #65d79b15
+# %% ../nbs/05a_convert.ipynb #31171f10
 def to_phi(
     model,                          # A GPT-J or CodeGen model of transformers
     attn_implementation:str=None,   # Attention code of the Phi; None lets transformers choose
@@ -75,7 +77,7 @@ def _fill(model, state, what):
         if 'RotaryEmbedding' in type(m).__name__: model.set_submodule(name, type(m)(config=model.config))
     return model
 
-# %% ../nbs/05a_convert.ipynb #d22af015
+# %% ../nbs/05a_convert.ipynb #951a5da8
 def baichuan_config(
     config:dict,  # The config.json of a Baichuan checkpoint
 ): # A `LlamaConfig` of the same shape
@@ -95,7 +97,7 @@ def _llama_state(state, normalise):
         else: out[name] = torch.nn.functional.normalize(w.float()).to(w.dtype) if name == 'lm_head.weight' and normalise else w
     return out
 
-# %% ../nbs/05a_convert.ipynb #fe0c5e4a
+# %% ../nbs/05a_convert.ipynb #5a4e8864
 def _read_weights(folder):
     "All tensors of a checkpoint folder; pickles are opened as data only."
     from safetensors.torch import load_file
@@ -104,16 +106,20 @@ def _read_weights(folder):
     return {k: w for f in files for k, w in (load_file(f) if f.suffix == '.safetensors' else torch.load(f, map_location='cpu', weights_only=True)).items()}
 
 def load_baichuan(
-    folder,  # A Baichuan or Baichuan 2 checkpoint of the 7B kind
+    folder,                         # A Baichuan or Baichuan 2 checkpoint of the 7B kind; a local folder
+    normalise:bool=None,            # Whether it normalises its last matrix (Baichuan 2 does); None: by its vocabulary
+    attn_implementation:str=None,   # Attention code; None lets transformers choose
 ): # A `LlamaForCausalLM` with the same function
-    "Load a Baichuan checkpoint as a Llama, without running its code. Raises `PoseError` if it has no rotary embedding or unknown weights."
+    "Load a Baichuan checkpoint as a Llama, without running its code. Raises `PoseError` if it has no rotary embedding, unknown weights, or a vocabulary of neither version."
     from transformers import LlamaForCausalLM
     folder = Path(folder)
     config = baichuan_config(read_json(folder/'config.json'))
-    with torch.device('meta'): llama = LlamaForCausalLM(config)
-    return _fill(llama, _llama_state(_read_weights(folder), normalise=config.vocab_size != 64_000), 'baichuan').eval()
+    n = config.vocab_size
+    check(normalise is not None or n in (64_000, 125_696), f"a vocabulary of {n} belongs to neither Baichuan (64,000) nor Baichuan 2 (125,696); load it with load_baichuan(folder, normalise=...), True for Baichuan 2, and save it as a Llama.")
+    with torch.device('meta'): llama = LlamaForCausalLM._from_config(config, attn_implementation=attn_implementation)
+    return _fill(llama, _llama_state(_read_weights(folder), n == 125_696 if normalise is None else normalise), 'baichuan').eval()
 
-# %% ../nbs/05a_convert.ipynb #8788dea8
+# %% ../nbs/05a_convert.ipynb #ddbe4d63
 CONVERTED = {'gptj': (phi_config, to_phi), 'codegen': (phi_config, to_phi)}
 
 def converted_config(
@@ -130,7 +136,7 @@ def converted(
     return CONVERTED[model.config.model_type][1](model, attn_implementation) if model.config.model_type in CONVERTED else model
 
 def is_baichuan(
-    name_or_path,  # Checkpoint folder or hub id
+    name_or_path,  # Checkpoint folder; anything else is not one
 )->bool:
     "Whether a folder holds a Baichuan checkpoint."
     try: config = json.loads((Path(str(name_or_path)).expanduser()/'config.json').read_text())

@@ -14,9 +14,9 @@ import torch
 
 from .common import PoseError, check, environment, read_json, write_atomic, write_json
 from .model import cast_weights, frequencies, load_config, load_model, load_tokenizer, rope_info, rotary_modules, set_scaling
-from .rope_config import wide_layers
+from .rope_config import from_config
 
-# %% ../nbs/10_export.ipynb #50bcefe5
+# %% ../nbs/10_export.ipynb #ec263d2d
 def older_keys(
     config:dict,  # A config.json of transformers 5
 )->dict: # Keys to add
@@ -30,7 +30,7 @@ def older_keys(
     if config.get('dtype'): out['torch_dtype'] = config['dtype']
     return out
 
-# %% ../nbs/10_export.ipynb #38e4c364
+# %% ../nbs/10_export.ipynb #2e8533d3
 def add_older_keys(
     folder:str|Path,  # A checkpoint that transformers 5 has written
 )->None:
@@ -135,7 +135,7 @@ def claim_folder(
     check(resume or not used, f"{out} already holds files; choose a new or empty --output-dir.")
     return out
 
-# %% ../nbs/10_export.ipynb #9966fd49
+# %% ../nbs/10_export.ipynb #802338a9
 def skeleton(
     config,  # A transformers config
 ): # A model on the meta device
@@ -160,36 +160,45 @@ def _take(source, target, copy):
     except OSError: pass
     shutil.copyfile(source, target)
 
-# %% ../nbs/10_export.ipynb #a6397320
+# %% ../nbs/10_export.ipynb #e3dadcb0
+_NOT_TAKEN = ('config.json', 'pose_nb.json', 'README.md', 'train_log.jsonl', 'loss.svg')
+
+def _files(folder):
+    "The files of a checkpoint, without those that describe another run."
+    for p in sorted(folder.rglob('*')):
+        parts = p.relative_to(folder).parts
+        if p.is_file() and parts[0] not in ('eval', 'data') and not any(x.startswith(('.', 'checkpoint-')) for x in parts) and p.name not in _NOT_TAKEN: yield p
+
+def _link_under(source, out, net, copy):
+    "The files of `source`, with the config of `net`."
+    for p in _files(source): _take(p, out/p.relative_to(source), copy)
+    net.config.save_pretrained(out)
+    t = out/'tokenizer_config.json'
+    if t.exists(): write_json(t, read_json(t) | dict(model_max_length=rope_info(net).length))
+    add_older_keys(out)
+    _same_rotation(out, net)
+
 def patch_checkpoint(
-    model,                      # Checkpoint folder or hub id
-    scaling,                    # The scheme
-    target:int,                 # Length to claim, in tokens; at least the original one
-    output_dir:str|Path,        # Where the new checkpoint goes; must be new or empty
-    original:int=None,          # Window the model was first trained on, in tokens; None: what its config records
-    copy:bool=False,            # Copy the weights instead of linking them
+    model,                        # Checkpoint folder or hub id
+    scaling,                      # The scheme
+    target:int,                   # Length to claim, in tokens; at least the original one
+    output_dir:str|Path,          # Where the new checkpoint goes; must be new or empty
+    original:int=None,            # Window the model was first trained on, in tokens; None: what its config records
+    copy:bool=False,              # Copy the weights instead of linking them
     trust_remote_code:bool=False, # Run code that comes with the checkpoint
 )->Path: # `output_dir`
     "Write a checkpoint with another rotation and the same weights. Raises `PoseError` if the scheme does not fit, and leaves nothing behind."
     config, source = load_config(model, trust_remote_code), _local(model)
-    out = claim_folder(output_dir)
+    _, _, original = from_config(config, original)        # from the file itself; a built model may have filled in a length
+    dtype, out = config.dtype, claim_folder(output_dir)
     try:
-        same = read_json(source/'config.json').get('model_type') == config.model_type
-        if not same:                                                             # GPT-J and its like change family, and so their weights
+        if read_json(source/'config.json').get('model_type') == config.model_type:
+            net = set_scaling(skeleton(config), scaling, target, original)
+            net.config.dtype = dtype
+            _link_under(source, out, net, copy)
+        else:                                             # GPT-J and its like change family, and so their weights
             net = set_scaling(load_model(model, device='cpu', trust_remote_code=trust_remote_code), scaling, target, original)
-            save_extended(net, load_tokenizer(model, trust_remote_code), out, dict(plan=dict(model=str(model), method='patch', scaling=scaling.name, target=target)))
-            return out
-        net = set_scaling(skeleton(config), scaling, target, original)
-        skip = ('config.json', 'pose_nb.json', 'README.md', 'train_log.jsonl', 'loss.svg')
-        files = [p for p in sorted(source.rglob('*')) if p.is_file() and not {'eval', 'data'} & set(p.relative_to(source).parts[:-1]) and not any(s.startswith(('.', 'checkpoint-')) for s in p.relative_to(source).parts)]
-        for p in files:
-            if p.name not in skip: _take(p, out/p.relative_to(source), copy)
-        net.config.dtype = config.dtype
-        net.config.save_pretrained(out)
-        t = out/'tokenizer_config.json'
-        if t.exists(): write_json(t, read_json(t) | dict(model_max_length=rope_info(net).length))
-        add_older_keys(out)
-        _same_rotation(out, net)
+            save_extended(net, load_tokenizer(model, trust_remote_code), out)
         write_record(out, dict(status='done', rope=_rope_record(net), plan=dict(model=str(model), method='patch', scaling=scaling.name, target=target)))
         return out
     except BaseException:

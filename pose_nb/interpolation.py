@@ -181,7 +181,7 @@ class YaRN(_Ramped):
         changed = {n: getattr(self, n) for n, usual in (('beta_fast', 32), ('beta_slow', 1), ('attention_factor', None), ('truncate', True)) if getattr(self, n) != usual}
         return {'rope_type': 'yarn', 'factor': self.factor, 'original_max_position_embeddings': original, **changed}
 
-# %% ../nbs/01_interpolation.ipynb #06091c82
+# %% ../nbs/01_interpolation.ipynb #274f7129
 @dataclass(frozen=True)
 class NTKByParts(_Turning):
     "NTK-by-parts: blend the frequencies by the number of turns; no attention factor (YaRN, arXiv 2309.00071, equations 17 and 18)."
@@ -212,7 +212,7 @@ class YaRNRevised(_Ramped):
 
     def _saved(self, dim, base, original): return _as_longrope(self, self.ratio(dim, base, original), original)
 
-# %% ../nbs/01_interpolation.ipynb #ddf1812a
+# %% ../nbs/01_interpolation.ipynb #a128e44c
 @dataclass(frozen=True)
 class Llama3(Scaling):
     "Llama-3.1 scaling: NTK-by-parts between `low_freq_factor` and `high_freq_factor` turns (transformers `llama3`)."
@@ -230,7 +230,7 @@ class Llama3(Scaling):
     def _saved(self, dim, base, original):
         return {'rope_type': 'llama3', 'factor': self.factor, 'low_freq_factor': self.low_freq_factor, 'high_freq_factor': self.high_freq_factor, 'original_max_position_embeddings': original}
 
-# %% ../nbs/01_interpolation.ipynb #180913fc
+# %% ../nbs/01_interpolation.ipynb #328e9b1a
 def _ratios(x, name):
     "A list of ratios as a tuple of floats above 0."
     check(isinstance(x, (list, tuple)) and len(x), f"{name} is {x!r}; give a list with one ratio for each rotary pair.")
@@ -262,7 +262,7 @@ class LongRoPE(Scaling):
         return math.sqrt(1 + math.log(self.factor) / math.log(_tokens(original, 'original')))
     def _saved(self, dim, base, original): return _as_longrope(self, self._list('short_factor', dim), original, self._list('long_factor', dim))
 
-# %% ../nbs/01_interpolation.ipynb #ef3790fe
+# %% ../nbs/01_interpolation.ipynb #a65a98d0
 @patch
 def at(
     self:Scaling,
@@ -284,7 +284,7 @@ class DynamicNTK(Scaling):
     def ratio(self, dim, base, original): return self.at(original, original).ratio(dim, base, original)
     def _saved(self, dim, base, original): return {'rope_type': 'dynamic', 'factor': self.factor}
 
-# %% ../nbs/01_interpolation.ipynb #b7bc704d
+# %% ../nbs/01_interpolation.ipynb #c7e5449a
 @patch
 def at(
     self:LongRoPE,
@@ -295,7 +295,7 @@ def at(
     values = self.long_factor if length > original else self.short_factor or self.long_factor
     return LongRoPE(self.factor, values, attention_factor=self._attention(original))
 
-# %% ../nbs/01_interpolation.ipynb #dc2d1f8e
+# %% ../nbs/01_interpolation.ipynb #0f482c1b
 @dataclass(frozen=True)
 class ABF(Scaling):
     "Adjusted base frequency: a larger RoPE base, chosen by hand (Xiong et al., arXiv 2309.16039)."
@@ -313,10 +313,10 @@ class ABF(Scaling):
     def _reach(self, original): return math.inf      # a base promises no length
     def _saved(self, dim, base, original): return {'rope_theta': self.rope_theta}
 
-# %% ../nbs/01_interpolation.ipynb #a98808e3
+# %% ../nbs/01_interpolation.ipynb #a14af9d8
 SCALINGS = {c.name: c for c in (NoScaling, Linear, NTK, NTKByParts, YaRN, YaRNRevised, Llama3, LongRoPE, DynamicNTK, ABF)}
 
-# %% ../nbs/01_interpolation.ipynb #0eeae868
+# %% ../nbs/01_interpolation.ipynb #e0f30ecd
 def get_scaling(
     name:str,        # "none", "linear", "ntk", "ntk_by_parts", "yarn", "yarn_revised", "llama3", "longrope", "dynamic" or "abf"
     factor:float,    # How many times longer the context becomes; at least 1. "none" checks it and keeps every frequency

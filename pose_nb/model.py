@@ -18,7 +18,7 @@ from huggingface_hub.errors import StrictDataclassError
 from .common import PoseError, check, read_json
 from .convert import CONVERTED, baichuan_config, converted, converted_config, is_baichuan, load_baichuan
 from .interpolation import DynamicNTK
-from .rope_config import from_config, to_config, wide_layers
+from .rope_config import from_config, rope_entry, to_config, wide_layers
 
 # %% ../nbs/05_model.ipynb #43c8b61b
 REFUSED = {'beam': 'its full-attention layers have no rotation and scale queries by their absolute position',
@@ -53,7 +53,16 @@ def load_config(
         raise PoseError(f"'{name_or_path}' is not a checkpoint that can be loaded ({_first_line(e)}); pass a folder with a config.json or the id of a model on the hub.") from None
     check(getattr(config, 'rope_parameters', None), f"'{name_or_path}' ({config.model_type}) has no rotary position embedding (RoPE), so there are no frequencies to extend; choose a RoPE model such as Llama, Mistral or Qwen2.")
     check(not refusal(config.model_type), f"'{name_or_path}' cannot be extended: {refusal(config.model_type)}.")
+    _forget_invented(config, path)
     return config
+
+def _forget_invented(config, path):
+    "Where a file names no original length, transformers fills in the claimed one; take it out again, so that it can be asked for."
+    if not (path/'config.json').is_file(): return
+    raw = read_json(path/'config.json')
+    entry = raw.get('rope_scaling') or raw.get('rope_parameters') or {}
+    if any(isinstance(v, dict) for v in entry.values()): entry = entry.get(wide_layers(config)) or {}
+    if not (raw.get('original_max_position_embeddings') or entry.get('original_max_position_embeddings')): rope_entry(config).pop('original_max_position_embeddings', None)
 
 def _first_line(e):
     e = e.__cause__ if isinstance(e, StrictDataclassError) and e.__cause__ else e      # what was wrong, not which validator found it
@@ -80,7 +89,7 @@ def load_model(
     check_attention(attn_implementation)
     load_config(name_or_path, trust_remote_code)
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
-    if is_baichuan(name_or_path): return cast_weights(load_baichuan(Path(str(name_or_path)).expanduser()), dtype).to(device)
+    if is_baichuan(name_or_path): return cast_weights(load_baichuan(Path(str(name_or_path)).expanduser(), attn_implementation=attn_implementation), dtype).to(device)
     convert = PreTrainedConfig.get_config_dict(str(name_or_path))[0].get('model_type') in CONVERTED      # then the attention code is that of the other family
     try: model, info = AutoModelForCausalLM.from_pretrained(str(name_or_path), dtype=dtype or 'auto', attn_implementation=None if convert else attn_implementation, trust_remote_code=trust_remote_code, output_loading_info=True)
     except Exception as e:
@@ -158,6 +167,7 @@ def set_scaling(
     original:int=None,  # Window the model was first trained on, in tokens; None: what its config records
 ): # The same model
     "Give a model the frequencies of `scaling`, always starting from its original ones. Raises `PoseError` if it cannot, and leaves the model as it was."
+    check(not refusal(model.config.model_type), f"a model of type '{model.config.model_type}' cannot be extended: {refusal(model.config.model_type)}.")
     info, modules, config = rope_info(model, original), rotary_modules(model), copy.deepcopy(vars(model.config))
     check(target >= info.original, f"target {target} is below the model's original window of {info.original} tokens; ask for at least {info.original}.")
     check_exact(target)

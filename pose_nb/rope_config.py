@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['LONGROPE_ONLY', 'wide_layers', 'rope_entry', 'rotary_dim', 'to_config', 'from_config']
 
-# %% ../nbs/01b_config.ipynb #7bac3b1f
+# %% ../nbs/01b_config.ipynb #013b2702
 import copy, math
 
 from .common import check
 from .interpolation import DynamicNTK, Linear, Llama3, LongRoPE, NoScaling, NTK, NTKByParts, YaRN, YaRNRevised, _as_longrope, _real, _tokens
 
-# %% ../nbs/01b_config.ipynb #5a592d2d
+# %% ../nbs/01b_config.ipynb #ed0d3d88
 def wide_layers(
     config,  # A transformers config
 )->str: # A key of `rope_parameters`, or '' if there is one entry for all layers
@@ -38,7 +38,7 @@ def rotary_dim(
     share = rope_entry(config).get('partial_rotary_factor') or getattr(config, 'partial_rotary_factor', None) or 1.
     return int(head * share)
 
-# %% ../nbs/01b_config.ipynb #d4f3b5a4
+# %% ../nbs/01b_config.ipynb #55c6646a
 LONGROPE_ONLY = ('phi3', 'phi4_multimodal', 'phimoe')
 
 def _entry(config, scaling, dim, base, original, target, share):
@@ -60,7 +60,8 @@ def to_config(
     "Write `scaling` and both lengths into a config. A live model notices only when its rotary module is built anew. Raises `PoseError` as `rope_parameters` does."
     old, rp = rope_entry(config), copy.deepcopy(config.rope_parameters)
     new = _entry(config, scaling, dim or rotary_dim(config), base, original, target, old.get('partial_rotary_factor'))
-    config.rope_parameters = rp | {kind: new} if (kind := wide_layers(config)) else new
+    kind = wide_layers(config)
+    config.rope_parameters = {**rp, kind: new} if kind else new
     config.max_position_embeddings = int(original if isinstance(scaling, DynamicNTK) else target)
     switches = new.get('short_factor') != new.get('long_factor')
     if hasattr(config, 'original_max_position_embeddings') or switches or 'original_max_position_embeddings' not in new: config.original_max_position_embeddings = int(original)
@@ -68,7 +69,7 @@ def to_config(
     if new['rope_theta'] != base: config.original_rope_theta = float(base)
     return config
 
-# %% ../nbs/01b_config.ipynb #bb455afe
+# %% ../nbs/01b_config.ipynb #919dce16
 def _read_default(config, rp, factor, dim, base, original):
     before = getattr(config, 'original_rope_theta', None)
     if before is None or before >= base: return NoScaling(), base
@@ -81,7 +82,9 @@ def _read_yarn(config, rp, factor, dim, base, original):
 def _read_longrope(config, rp, factor, dim, base, original):
     long, short, a = (rp.get(k) for k in ('long_factor', 'short_factor', 'attention_factor'))
     check(long and short, "this longrope config lacks its long_factor or short_factor list; restore it, or start from a model without longrope.")
-    known = ([YaRNRevised(factor, attention_factor=a), YaRN(factor, attention_factor=a)] if a is not None else []) + ([NTKByParts(factor), Linear(factor), Llama3(factor)] if a == 1 else [])
+    known = []
+    if a is not None: known += [YaRNRevised(factor, attention_factor=a), YaRN(factor, attention_factor=a)]
+    if a == 1: known += [NTKByParts(factor), Linear(factor), Llama3(factor)]
     for named in known if long == short and len(long) == dim // 2 else []:
         if all(math.isclose(x, y, rel_tol=1e-9) for x, y in zip(named.ratio(dim, base, original).tolist(), long)): return named, base
     usual = LongRoPE(factor, long)._attention(original)
@@ -92,7 +95,7 @@ _READ = {'default': _read_default, 'yarn': _read_yarn, 'longrope': _read_longrop
          'dynamic': lambda config, rp, factor, dim, base, original: (DynamicNTK(factor), base),
          'llama3': lambda config, rp, factor, dim, base, original: (Llama3(factor, rp['low_freq_factor'], rp['high_freq_factor']), base)}
 
-# %% ../nbs/01b_config.ipynb #4fb3660e
+# %% ../nbs/01b_config.ipynb #c0a53db1
 def from_config(
     config,             # A transformers config
     original:int=None,  # Original length in tokens, for a config that does not record it
@@ -111,8 +114,10 @@ def from_config(
 
 def _original_length(config, rp, kind, longest, given):
     "The original length: recorded, or given, or (where nothing is stretched) the claimed one."
-    recorded = rp.get('original_max_position_embeddings') or getattr(config, 'original_max_position_embeddings', None)
+    recorded = getattr(config, 'original_max_position_embeddings', None) or rp.get('original_max_position_embeddings')      # the order of transformers 5
+    if given and recorded == longest and 'original_max_position_embeddings' in rp: recorded = given                        # transformers fills in the claimed length where there is none
     if kind == 'dynamic': recorded = longest                                           # by its definition
     if kind == 'default': recorded = min(recorded or longest, longest) if recorded or given is None else None
+    check(recorded or given is None or given <= longest, f"an original length of {given} tokens is more than the {longest} that the config claims; pass the length of pre-training.")
     check(None in (recorded, given) or recorded == given, f"the config records an original length of {recorded} tokens, you pass {given}; drop one.")
     return _tokens(recorded or given, 'original')

@@ -37,6 +37,7 @@ def plan_extension(
     target:int,                   # Context length to reach, in tokens; more than the window
     window:int=None,              # Training window, in tokens; None: the window the model was trained on
     scaling:str='yarn',           # Interpolation: none, linear, ntk, ntk_by_parts, yarn, yarn_revised, llama3, longrope, dynamic, abf
+    factor:float=None,            # Factor of the interpolation, at least target / original; None: exactly that
     scaling_kwargs:dict=None,     # Further fields of the interpolation, such as {"beta_fast": 16}, or {"long_factor": [...]} for longrope
     original:int=None,            # Window the model was first trained on, in tokens; None: what its config records
     sampler:str='pose',           # Positions: pose, contiguous, randpos, full
@@ -53,7 +54,7 @@ def plan_extension(
     choose(scaling, SCALINGS, 'scaling'); choose(sampler, SAMPLERS, 'sampler')
     check(window > 1, f"window {window} is too short; use at least 2 tokens.")
     check(target > window, f"target {target} is not longer than the window of {window} tokens; ask for a --target of at least {window + 1}.")
-    plan = dict(model=str(model), target=int(target), window=int(window), original=original, factor=max(target / original, 1.), scaling=scaling, sampler=sampler)
+    plan = dict(model=str(model), target=int(target), window=int(window), original=original, factor=max(target / original, 1.) if factor is None else factor, scaling=scaling, sampler=sampler)
     if scaling_kwargs: plan['scaling_kwargs'] = scaling_kwargs
     if found.name != 'none': warnings.warn(f"this checkpoint was extended before, by {found.name} with factor {found.factor:g}; the new factor {plan['factor']:g} is relative to its original {original:,} tokens and replaces the old one.")
     if sampler == 'pose': plan |= dict(chunks=chunks, content=content, first_chunk=first_chunk)
@@ -66,7 +67,9 @@ def make_scaling(
     plan:dict,  # From `plan_extension`
 ): # The interpolation of a plan
     "Build the scheme that a plan names."
-    return get_scaling(plan['scaling'], plan['factor'], **plan.get('scaling_kwargs', {}))
+    kwargs = plan.get('scaling_kwargs') or {}
+    check('factor' not in kwargs, "the factor does not belong to --scaling-kwargs; give it with --factor.")
+    return get_scaling(plan['scaling'], plan['factor'], **kwargs)
 
 def make_sampler(
     plan:dict,  # From `plan_extension`
@@ -138,6 +141,7 @@ def extend(
     output_dir,                     # Where the result goes; must be new or empty
     window:int=None,                # Training window, in tokens; None: the window the model was trained on
     scaling:str='yarn',             # Interpolation: none, linear, ntk, ntk_by_parts, yarn, yarn_revised, llama3, longrope, dynamic, abf
+    factor:float=None,              # Factor of the interpolation, at least target / original; None: exactly that
     scaling_kwargs:dict=None,       # Further fields of the interpolation, such as {"beta_fast": 16}, or {"long_factor": [...]} for longrope
     original:int=None,              # Window the model was first trained on, in tokens; None: what its config records
     sampler:str='pose',             # Positions: pose, contiguous, randpos, full
@@ -160,7 +164,7 @@ def extend(
     if not progress: disable_progress_bar()
     check(int(os.environ.get('WORLD_SIZE', 1)) == 1, "extend runs in one process so far; start it without accelerate launch or torchrun.")
     check_attention(attn_implementation)
-    plan = plan_extension(model, target, window, scaling, scaling_kwargs, original, sampler, chunks, content, first_chunk, trust_remote_code)
+    plan = plan_extension(model, target, window, scaling, factor, scaling_kwargs, original, sampler, chunks, content, first_chunk, trust_remote_code)
     plan |= dict(data=str(data), text_field=text_field, passkey_share=passkey_share, copy_share=copy_share, keep_seam=keep_seam)
     tokenizer = load_tokenizer(model, trust_remote_code)
     plan['bos'] = start_id = bos_id(tokenizer, bos)
@@ -230,16 +234,18 @@ def patch_model(
     target:int,                   # Context length to claim, in tokens
     output_dir,                   # Where the new checkpoint goes; must be new or empty
     scaling:str='yarn',           # Interpolation: none, linear, ntk, ntk_by_parts, yarn, yarn_revised, llama3, longrope, dynamic, abf
+    factor:float=None,            # Factor of the interpolation, at least target / original; None: exactly that
     scaling_kwargs:dict=None,     # Further fields of the interpolation, such as {"beta_fast": 16}, or {"long_factor": [...]} for longrope
     original:int=None,            # Window the model was first trained on, in tokens; None: what its config records
     copy:bool=False,              # Copy the weights instead of linking them
     trust_remote_code:bool=False, # Run code that comes with the checkpoint
 )->dict: # The record, as in `pose_nb.json`
     "Give a checkpoint another rotation without training; its weights are linked. Raises `PoseError` if the scheme does not fit."
-    found, _, original = from_config(load_config(model, trust_remote_code), original)
+    _, _, original = from_config(load_config(model, trust_remote_code), original)
     check(target >= original, f"target {target} is shorter than the original window of {original} tokens; ask for at least {original}.")
     check_exact(target)
-    out = patch_checkpoint(model, get_scaling(scaling, target / original, **(scaling_kwargs or {})), target, output_dir, original, copy, trust_remote_code)
+    scheme = make_scaling(dict(scaling=scaling, factor=target / original if factor is None else factor, scaling_kwargs=scaling_kwargs))
+    out = patch_checkpoint(model, scheme, target, output_dir, original, copy, trust_remote_code)
     return read_record(out)
 
 # %% ../nbs/10b_workflow.ipynb #3b9494cb

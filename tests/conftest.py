@@ -36,8 +36,11 @@ def make_tokenizer(bos=True, vocab=300):
 
 
 def make_model(kind='llama', vocab=300, **kw):
-    from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, Qwen2Config
+    from transformers import AutoModelForCausalLM, CodeGenConfig, GPT2Config, GPTJConfig, LlamaConfig, MistralConfig, Qwen2Config
     torch.manual_seed(0)
+    if kind in ('gptj', 'codegen'):
+        old = dict(n_layer=2, n_head=4, n_embd=64, rotary_dim=8, vocab_size=vocab, n_positions=WINDOW, n_ctx=WINDOW, bos_token_id=0, eos_token_id=1, initializer_range=.2)
+        return AutoModelForCausalLM.from_config(dict(gptj=GPTJConfig, codegen=CodeGenConfig)[kind](**old)).eval()
     if kind == 'gpt2': return AutoModelForCausalLM.from_config(GPT2Config(n_layer=1, n_head=2, n_embd=32, vocab_size=vocab, n_positions=WINDOW)).eval()
     config = dict(llama=LlamaConfig, mistral=MistralConfig, qwen2=Qwen2Config)[kind]
     return AutoModelForCausalLM.from_config(config(**{**SMALL, 'vocab_size': vocab, 'bos_token_id': 0, 'eos_token_id': 1, 'pad_token_id': None, **kw})).eval()

@@ -147,3 +147,45 @@ def test_eval_commands_print_one_json_object(results, corpus, cli):
 def test_coverage_command_prints_one_json_object(cli, tmp_path):
     r = cli('coverage', '--window', '64', '--target', '256', '--plot', tmp_path/'c.svg', '--json')
     assert r.code == 0 and only_json(r.out)['target'] == 256 and (tmp_path/'c.svg').exists()
+
+
+SCHEMES = dict(linear=[], ntk=['--factor', '6'], ntk_by_parts=[], yarn=['--scaling-kwargs', '{"beta_fast": 16}'], yarn_revised=[], llama3=[], dynamic=[], abf=['--scaling-kwargs', '{"rope_theta": 40000}'],
+               longrope=['--scaling-kwargs', json.dumps(dict(long_factor=[1. + i / 3 for i in range(8)], short_factor=[1.] * 8))])
+
+
+@pytest.mark.parametrize('name', SCHEMES)
+def test_every_scaling_extends(name, checkpoint, corpus, cli, tmp_path):
+    "What is saved is what was asked for, also where training held the frequencies of the full length."
+    out = tmp_path/'out'
+    r = cli(*extend_args(checkpoint(), corpus.jsonl, out, scaling=name), *SCHEMES[name])
+    assert r.code == 0, r.err
+    info, rope = rope_info(load_model(out, device='cpu')), json.loads((out/'config.json').read_text())['rope_parameters']
+    assert (info.original, info.length) == (WINDOW, TARGET) and (info.scaling.name == name or name == 'abf')
+    assert rope['rope_type'] == dict(ntk='default', abf='default', ntk_by_parts='longrope', yarn_revised='longrope').get(name, name)
+    exec_stock(out, tmp_path/'x.pt') if name != 'dynamic' else None       # the probe looks at max_position_embeddings, where dynamic keeps the original
+    if name == 'ntk': assert info.scaling.factor == 6
+    if name == 'yarn': assert info.scaling.beta_fast == 16
+    if name == 'longrope': assert info.scaling.short_factor == (1.,) * 8
+
+
+@pytest.mark.parametrize('scaling', ['linear', 'ntk', 'yarn'])
+@pytest.mark.parametrize('kind', ['gptj', 'codegen'])
+def test_models_that_hide_their_rotation_extend_as_phi(kind, scaling, checkpoint, corpus, cli, tmp_path):
+    base, out = checkpoint(kind), tmp_path/'out'
+    r = cli(*extend_args(base, corpus.jsonl, out, scaling=scaling, sampler='pose'))
+    assert r.code == 0, r.err
+    exec_stock(out, tmp_path/'x.pt')
+    stock, config = torch.load(tmp_path/'x.pt'), json.loads((out/'config.json').read_text())
+    assert config['model_type'] == 'phi' and stock['length'] == TARGET and rope_info(load_model(out, device='cpu')).dim == 8
+    pos = torch.arange(TARGET - 48, TARGET)[None]
+    with torch.no_grad(): ours = load_model(out, device='cpu')(torch.arange(48)[None], position_ids=pos, attention_mask=torch.ones_like(pos)).logits
+    assert torch.equal(ours, stock['logits'])
+
+
+def test_extending_again_starts_from_the_original_length_and_says_so(checkpoint, corpus, cli, tmp_path):
+    first, second = tmp_path/'first', tmp_path/'second'
+    assert cli(*extend_args(checkpoint(), corpus.jsonl, first)).code == 0
+    r = cli(*extend_args(first, corpus.jsonl, second, target=2 * TARGET))
+    assert r.code == 0 and 'extended before, by yarn with factor 4; the new factor 8 is relative to its original 64 tokens' in r.err
+    info = rope_info(load_model(second, device='cpu'))
+    assert (info.original, info.length, info.scaling.factor) == (WINDOW, 2 * TARGET, 8.)
