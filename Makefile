@@ -4,7 +4,7 @@ BIN    := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test notebooks bench docs clean
+.PHONY: demo test test-engines notebooks bench docs clean
 
 .venv/installed: settings.ini setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -21,6 +21,18 @@ test: .venv/installed
 	$(BIN)/python tests/make_readme.py --check
 	$(BIN)/nbdev_test --n_workers 2 --timing
 	$(BIN)/python -m pytest -q --durations=15 tests
+
+# Opt-in: compare with older transformers and with llama.cpp, each in an environment of its own below .engines (minutes; llama.cpp is compiled).
+.engines/transformers-%/installed:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install -q --disable-pip-version-check torch==2.13.0 transformers==$* numpy
+	touch $@
+.engines/llama-cpp/installed:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install -q --disable-pip-version-check llama-cpp-python==0.3.36 numpy
+	touch $@
+test-engines: .venv/installed .engines/transformers-4.57.3/installed .engines/transformers-4.46.3/installed .engines/llama-cpp/installed
+	POSE_NB_ENGINES=$(CURDIR)/.engines $(BIN)/python -m pytest -q tests/test_engines.py
 
 # Run notebooks in place and keep their outputs: make notebooks NB=nbs/00_rope.ipynb (add FLAGS=+slow for slow cells).
 NB ?= $(sort $(wildcard nbs/*.ipynb))
@@ -39,4 +51,4 @@ docs: .venv/installed
 	$(BIN)/nbdev_docs
 
 clean:
-	rm -rf .venv _docs _proc build dist *.egg-info pose_nb_demo
+	rm -rf .venv .engines _docs _proc build dist *.egg-info pose_nb_demo
