@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['LONGROPE_ONLY', 'wide_layers', 'rope_entry', 'rotary_dim', 'to_config', 'from_config']
 
-# %% ../nbs/01b_config.ipynb #013b2702
+# %% ../nbs/01b_config.ipynb #b7f7cfed
 import copy, math
 
-from .common import check
+from .common import PoseError, check
 from .interpolation import DynamicNTK, Linear, Llama3, LongRoPE, NoScaling, NTK, NTKByParts, YaRN, YaRNRevised, _as_longrope, _real, _tokens
 
-# %% ../nbs/01b_config.ipynb #ed0d3d88
+# %% ../nbs/01b_config.ipynb #afc61248
 def wide_layers(
     config,  # A transformers config
 )->str: # A key of `rope_parameters`, or '' if there is one entry for all layers
@@ -38,7 +38,7 @@ def rotary_dim(
     share = rope_entry(config).get('partial_rotary_factor') or getattr(config, 'partial_rotary_factor', None) or 1.
     return int(head * share)
 
-# %% ../nbs/01b_config.ipynb #55c6646a
+# %% ../nbs/01b_config.ipynb #ef03dbfa
 LONGROPE_ONLY = ('phi3', 'phi4_multimodal', 'phimoe')
 
 def _entry(config, scaling, dim, base, original, target, share):
@@ -69,7 +69,7 @@ def to_config(
     if new['rope_theta'] != base: config.original_rope_theta = float(base)
     return config
 
-# %% ../nbs/01b_config.ipynb #919dce16
+# %% ../nbs/01b_config.ipynb #e780fcd0
 def _read_default(config, rp, factor, dim, base, original):
     before = getattr(config, 'original_rope_theta', None)
     if before is None or before >= base: return NoScaling(), base
@@ -79,6 +79,11 @@ def _read_yarn(config, rp, factor, dim, base, original):
     check(not (rp.get('mscale') and rp.get('mscale_all_dim')), "this yarn config uses mscale and mscale_all_dim (DeepSeek), which also scale the softmax of that model and cannot be represented here; start from a model without them.")
     return YaRN(factor, rp.get('beta_fast') or 32., rp.get('beta_slow') or 1., rp.get('attention_factor'), rp.get('truncate', True)), base
 
+def _has_ratios(scaling, ratios, dim, base, original):
+    "Whether a list is that of a scheme."
+    try: return all(math.isclose(x, y, rel_tol=1e-9) for x, y in zip(scaling.ratio(dim, base, original).tolist(), ratios))
+    except PoseError: return False      # a ramp without room
+
 def _read_longrope(config, rp, factor, dim, base, original):
     long, short, a = (rp.get(k) for k in ('long_factor', 'short_factor', 'attention_factor'))
     check(long and short, "this longrope config lacks its long_factor or short_factor list; restore it, or start from a model without longrope.")
@@ -86,7 +91,7 @@ def _read_longrope(config, rp, factor, dim, base, original):
     if a is not None: known += [YaRNRevised(factor, attention_factor=a), YaRN(factor, attention_factor=a)]
     if a == 1: known += [NTKByParts(factor), Linear(factor), Llama3(factor)]
     for named in known if long == short and len(long) == dim // 2 else []:
-        if all(math.isclose(x, y, rel_tol=1e-9) for x, y in zip(named.ratio(dim, base, original).tolist(), long)): return named, base
+        if _has_ratios(named, long, dim, base, original): return named, base
     usual = LongRoPE(factor, long)._attention(original)
     return LongRoPE(factor, long, None if short == long else short, None if a is None or math.isclose(a, usual, rel_tol=1e-12) else a), base
 
@@ -95,7 +100,7 @@ _READ = {'default': _read_default, 'yarn': _read_yarn, 'longrope': _read_longrop
          'dynamic': lambda config, rp, factor, dim, base, original: (DynamicNTK(factor), base),
          'llama3': lambda config, rp, factor, dim, base, original: (Llama3(factor, rp['low_freq_factor'], rp['high_freq_factor']), base)}
 
-# %% ../nbs/01b_config.ipynb #c0a53db1
+# %% ../nbs/01b_config.ipynb #de860aac
 def from_config(
     config,             # A transformers config
     original:int=None,  # Original length in tokens, for a config that does not record it
