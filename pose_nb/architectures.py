@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['rope_model_types', 'tiny_config', 'tiny_model', 'logits_at', 'layout', 'every_scheme', 'applied', 'linear_is_linear',
-           'seam', 'reloads', 'examine', 'verdict', 'architecture_row']
+           'seam', 'loss_in_slices', 'reloads', 'examine', 'verdict', 'architecture_row']
 
-# %% ../nbs/05b_architectures.ipynb #b8fc5afd
+# %% ../nbs/05b_architectures.ipynb #e3c8657f
 import copy, json, math, re, sys, tempfile, warnings
 from collections import Counter
 from dataclasses import fields
@@ -21,8 +21,9 @@ from .common import PoseError
 from .convert import converted
 from .interpolation import ABF, DynamicNTK, LongRoPE, Linear, Llama3, NTK, NTKByParts, YaRN, YaRNRevised
 from .model import frequencies, load_model, refusal, rope_info, rotary_modules, seam_guard, set_scaling
+from .train import LossModel, head_guard
 
-# %% ../nbs/05b_architectures.ipynb #8ce71a27
+# %% ../nbs/05b_architectures.ipynb #26d93542
 def rope_model_types()->list: # Keys of transformers' mapping of causal language models, sorted
     "Every causal language model whose default config has `rope_parameters`, and the two that are converted to one that has."
     def rotates(kind):
@@ -30,7 +31,7 @@ def rope_model_types()->list: # Keys of transformers' mapping of causal language
         except Exception: return False      # no default config at all
     return sorted([k for k in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if rotates(k)] + ['gptj', 'codegen'])
 
-# %% ../nbs/05b_architectures.ipynb #40b7a585
+# %% ../nbs/05b_architectures.ipynb #74911e93
 _VOCAB, _WIDTH, _WINDOW, _FAR = 97, 64, 256, 4096
 
 # One rule per meaning: the first pattern that matches a field's whole name gives its value. A rule changes whole numbers
@@ -68,7 +69,7 @@ _RULES = [
 # The usual 0.02 is meant for widths in the thousands; at width 64 attention would be uniform and positions invisible.
 _FLOATS = [(r'initializer_range', .125), (r'.*dropout.*|.*_pdrop|.*jitter_noise', 0.)]
 
-# %% ../nbs/05b_architectures.ipynb #76583c6e
+# %% ../nbs/05b_architectures.ipynb #7d01bb77
 def _raw(config, name):
     "A config's own attribute, by any of its names. (Plain `getattr` refuses sizes that differ from layer to layer.)"
     return vars(config).get(config.attribute_map.get(name, name))
@@ -92,7 +93,7 @@ def _kinds(value):
     "One of each kind, in order of appearance, from a list with one entry per layer."
     return sorted({json.dumps(v): v for v in value}.values(), key=value.index)
 
-# %% ../nbs/05b_architectures.ipynb #d4666a3d
+# %% ../nbs/05b_architectures.ipynb #6ec9bc47
 def _shrink(config, overrides={}):
     "Shrink every field of a config by the rules above."
     # only declared fields: what a class derives from them in __post_init__, it shall derive again
@@ -119,7 +120,7 @@ def _shrink(config, overrides={}):
         elif 'num_attention_heads' in old: new['num_attention_heads'] = _WIDTH // head
     return {k: v for k, v in (new | overrides).items() if k not in old or v != old[k]}
 
-# %% ../nbs/05b_architectures.ipynb #0b8376d2
+# %% ../nbs/05b_architectures.ipynb #a03a1ad6
 # What no rule can know, each with its reason
 _OVERRIDES = {
     'gptj':             dict(n_positions=2*_FAR, rotary_dim=8),               # its tables end at n_positions; the tests shift positions
@@ -148,7 +149,7 @@ _OVERRIDES = {
     'zamba2':           dict(use_mem_rope=True),                             # likewise
 }
 
-# %% ../nbs/05b_architectures.ipynb #0921feee
+# %% ../nbs/05b_architectures.ipynb #fd98f5c1
 def tiny_config(
     model_type:str,  # One of `rope_model_types()`
 ): # A transformers config of that type
@@ -167,7 +168,7 @@ def tiny_model(
         if not p.any() and 'bias' not in name: torch.nn.init.normal_(p, std=.125)
     return converted(model)
 
-# %% ../nbs/05b_architectures.ipynb #0b1305bb
+# %% ../nbs/05b_architectures.ipynb #6650643e
 def _relative(a, b): return ((a - b).abs().max() / b.abs().max()).item()
 def _ids(): return torch.randint(5, _VOCAB - 7, (2, 32), generator=torch.Generator().manual_seed(0))
 def _dense(): return torch.arange(32).repeat(2, 1)
@@ -180,7 +181,7 @@ def logits_at(
     "Logits of two fixed rows of tokens at given positions."
     return model(input_ids=_ids(), position_ids=positions, attention_mask=torch.ones(2, 32, dtype=torch.long), use_cache=False).logits
 
-# %% ../nbs/05b_architectures.ipynb #8c2061fd
+# %% ../nbs/05b_architectures.ipynb #6f75256a
 def _rotation_calls(model):
     "Every call of a function named like apply_rotary_pos_emb by a module during one forward pass: this is how to learn which variant is in use."
     calls, undo = [], []
@@ -225,7 +226,7 @@ def layout(
     main = {s for n, s in found.items() if not re.search('indexer|compressor', n)}
     return main.pop() if len(main) == 1 else f'unknown {sorted(main)}'
 
-# %% ../nbs/05b_architectures.ipynb #388ef5c3
+# %% ../nbs/05b_architectures.ipynb #167c7c2f
 def every_scheme(
     dim:int,     # Rotary numbers per head
     base:float,  # RoPE base
@@ -254,13 +255,21 @@ def linear_is_linear(
     base = logits_at(set_scaling(model, Linear(1), n), _dense())
     return _relative(logits_at(set_scaling(model, Linear(2), 2 * n), 2 * _dense()), base)
 
-# %% ../nbs/05b_architectures.ipynb #b3512609
+# %% ../nbs/05b_architectures.ipynb #35612287
 def seam(
     model,  # A tiny model
 )->str: # '' or the reason for refusing
     "Put a batch with one jump before the seam guard."
     positions = _dense(); positions[:, 16:] += 40
     return _said(lambda: seam_guard(model, dict(input_ids=_ids(), position_ids=positions, attention_mask=torch.ones(2, 32, dtype=torch.long)), shifts=(57, _FAR)) and '')
+
+def loss_in_slices(
+    model,  # A tiny model
+)->str: # '' or the reason for refusing
+    "Put a batch before the guard of the loss."
+    ids = _ids()
+    batch = dict(input_ids=ids, labels=ids, position_ids=_dense(), attention_mask=torch.ones_like(ids), loss_weights=torch.ones(ids.shape))
+    return _said(lambda: head_guard(LossModel(model), batch) or '')
 
 def reloads(
     make,       # Function without arguments that returns a fresh model
@@ -275,7 +284,7 @@ def reloads(
     a, b = (logits_at(m, 2 * _dense()) for m in (model, again))
     return '' if torch.equal(a, b) else f'logits differ by {_relative(a, b):.0e}'
 
-# %% ../nbs/05b_architectures.ipynb #4249b861
+# %% ../nbs/05b_architectures.ipynb #b63b7ec4
 def _rotated(model):
     "Rotated and all channels of a head, as in 8/16."
     c, dim = model.config, 2 * frequencies(next(iter(rotary_modules(model).values())))[0].numel()
@@ -301,17 +310,18 @@ def examine(
     ask('schemes', lambda: applied(make))
     if not row['kinds']: ask('linear', lambda: linear_is_linear(make))
     ask('seam', lambda: seam(model))
+    ask('loss', lambda: loss_in_slices(model))
     for s in (Linear(2), NTK(2), YaRN(2), YaRNRevised(2)): ask(f'reload_{s.name}', lambda: reloads(make, s))
     return row
 
-# %% ../nbs/05b_architectures.ipynb #cae5e4cd
+# %% ../nbs/05b_architectures.ipynb #9297d079
 def verdict(
     row:dict,  # From `examine`
 )->str: # '' if everything works, else what does not
     "What stands in the way of extending a model, from its row."
     if 'why_not' in row: return row['why_not']
     if row['positions'] is not True: return str(row['positions'] or 'positions do not change the logits')
-    if row['seam']: return row['seam']
+    if row['seam'] or row['loss']: return row['seam'] or row['loss']
     if not isinstance(row['schemes'], dict): return str(row['schemes'])
     for name, why in row['schemes'].items():
         if why: return f'{name}: {why}'

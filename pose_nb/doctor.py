@@ -6,7 +6,7 @@
 __all__ = ['TESTED', 'Reading', 'transformers_5', 'transformers_4', 'vllm', 'sglang', 'llama_cpp', 'Intended', 'intended',
            'findings', 'diagnose', 'readable', 'repair', 'doctor']
 
-# %% ../nbs/10a_doctor.ipynb #1a2567a6
+# %% ../nbs/10a_doctor.ipynb #199cfd88
 import json, math, os, tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +14,15 @@ from types import SimpleNamespace
 
 import torch
 
-from .common import PoseError, check, read_json, write_atomic, write_json
+from .common import PoseError, check, choose, read_json, write_atomic, write_json
+from .convert import CONVERTED
 from .export import older_keys, read_record, skeleton, write_record
-from .interpolation import DynamicNTK, Linear, Llama3, LongRoPE, NoScaling, YaRN, get_scaling
+from .interpolation import DynamicNTK, Linear, Llama3, LongRoPE, NoScaling, SCALINGS, YaRN, get_scaling
 from .model import frequencies, load_config, rope_info, rotary_modules
 from .plots import table
 from .rope_config import from_config, rope_entry, to_config, wide_layers
 
-# %% ../nbs/10a_doctor.ipynb #0010258e
+# %% ../nbs/10a_doctor.ipynb #69e6d24a
 def _kind(p): return p.get('rope_type') or p.get('type') or 'default'
 
 def _scheme(kind, p, factor, attention=None):
@@ -39,7 +40,7 @@ def _mscale(p, factor):
     one = lambda m: .1 * m * math.log(factor) + 1
     return one(p['mscale']) / one(p['mscale_all_dim']) if p.get('mscale') and p.get('mscale_all_dim') else None
 
-# %% ../nbs/10a_doctor.ipynb #b51e8969
+# %% ../nbs/10a_doctor.ipynb #fa14689b
 @dataclass
 class Reading:
     "What an engine makes of a config."
@@ -57,7 +58,7 @@ def _reading(engine, compute, basis='source'):
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, ZeroDivisionError) as e:
         return Reading(engine, problem=f"stops with {type(e).__name__}: {' '.join(str(e).split())[:150]}.", basis=basis)
 
-# %% ../nbs/10a_doctor.ipynb #e0869e0a
+# %% ../nbs/10a_doctor.ipynb #7c1ab44e
 def transformers_5(
     folder,     # A checkpoint folder
     target:int, # Tokens of the input
@@ -73,7 +74,7 @@ def transformers_5(
         return frequencies(m)[0].double(), frequencies(m)[1], config.max_position_embeddings
     return _reading(f'transformers {__version__}', compute, 'run')
 
-# %% ../nbs/10a_doctor.ipynb #fe2814df
+# %% ../nbs/10a_doctor.ipynb #6fc45c87
 _LENGTHS = ('llama3', 'yarn', 'longrope')
 TESTED = ('llama', 'mistral', 'qwen2', 'phi', 'gpt_neox')      # the rules below were read, and where possible tested, for these architectures
 def _neox(raw): return raw.get('model_type', '').startswith('gpt_neox')
@@ -93,7 +94,7 @@ def _share(raw, kinds={'phi': .5, 'persimmon': .5, 'stablelm': .25, 'glm': .5}):
 
 def _compute(scheme, d, theta, original, target): return scheme.at(target, original)(d, theta, original)
 
-# %% ../nbs/10a_doctor.ipynb #d9b44df4
+# %% ../nbs/10a_doctor.ipynb #dd75c486
 _SCALED_446 = ('cohere', 'falcon', 'gpt_neox', 'gpt_neox_japanese', 'granite', 'granitemoe', 'llama', 'nemotron', 'olmoe', 'persimmon', 'phi', 'qwen2', 'qwen2_moe', 'stablelm', 'starcoder2')
 
 def _longrope_4(p, M, top, old):
@@ -129,7 +130,7 @@ def transformers_4(
         return *_compute(_scheme(kind, p, factor, a), int(_head(raw) * _share(raw)), theta, L, target), M
     return _reading(f'transformers {version}', compute, 'source' if raw.get('model_type') in TESTED else 'unverified')
 
-# %% ../nbs/10a_doctor.ipynb #0a635ca6
+# %% ../nbs/10a_doctor.ipynb #042c8a93
 def _own_scale(p, raw, long):
     "The attention factor of longrope in vLLM and SGLang: their own keys, or the ratio of lengths; `attention_factor` is not read."
     M, L = raw['max_position_embeddings'], p['original_max_position_embeddings']
@@ -160,7 +161,7 @@ def vllm(
         return *_compute(scheme, int(_head(raw) * share), p['rope_theta'], L, target), int(length)
     return _reading('vLLM 0.33', compute, 'source' if raw.get('model_type') in TESTED else 'unverified')
 
-# %% ../nbs/10a_doctor.ipynb #70ee2880
+# %% ../nbs/10a_doctor.ipynb #70e621f8
 _SGLANG_LENGTHS = ('max_sequence_length', 'seq_length', 'max_seq_len', 'model_max_length', 'max_position_embeddings')
 
 def sglang(
@@ -179,7 +180,7 @@ def sglang(
         return *_compute(scheme, int(_head(raw) * _share(raw)), p['rope_theta'], L, at), int(k * next(raw[n] for n in _SGLANG_LENGTHS if raw.get(n)))
     return _reading('SGLang 0.5.23', compute, 'source' if raw.get('model_type') in TESTED and not _neox(raw) else 'unverified')
 
-# %% ../nbs/10a_doctor.ipynb #c5c640b9
+# %% ../nbs/10a_doctor.ipynb #df218241
 _LLAMA_FAMILY = ('llama', 'mistral', 'mixtral', 'exaone')
 
 def llama_cpp(
@@ -200,7 +201,7 @@ def llama_cpp(
         return *_compute(scheme, int(_head(raw) * share), theta, L or M, target), M
     return _reading('llama.cpp', compute, 'source' if raw.get('model_type') in TESTED else 'unverified')
 
-# %% ../nbs/10a_doctor.ipynb #cdf8b6cb
+# %% ../nbs/10a_doctor.ipynb #725d4ae1
 @dataclass
 class Intended:
     "The rotation that the weights were trained for."
@@ -213,7 +214,7 @@ class Intended:
 
 def _whole(n):
     "A length as a whole number, if it is one."
-    return int(n) if isinstance(n, (int, float)) and not isinstance(n, bool) and n == int(n) and n >= 1 else None
+    return int(n) if isinstance(n, (int, float)) and not isinstance(n, bool) and 1 <= n <= 2**40 and n == int(n) else None
 
 def intended(
     folder,              # A checkpoint folder
@@ -225,11 +226,16 @@ def intended(
     base:float=None,     # RoPE base before scaling; None: what the record or the config says
 )->Intended:
     "What the weights were trained for, as far as it is known. Raises `PoseError` if neither you, nor the record, nor the config says enough."
-    raw, record = read_json(Path(folder)/'config.json'), read_record(folder).get('rope', {})
+    raw, record = read_json(Path(folder)/'config.json'), _recorded(folder)
+    check(isinstance(raw, dict), f"{folder}/config.json is not the config of a model; pass the folder of a checkpoint.")
+    for k in ('rope_parameters', 'rope_scaling'): check(isinstance(raw.get(k), (dict, type(None))), f"{k} of {folder}/config.json is a {type(raw[k]).__name__}, not a dictionary; restore it.")
+    if scaling: choose(scaling, SCALINGS, 'scaling')
+    check('factor' not in (scaling_kwargs or {}), "the factor does not belong to --scaling-kwargs; give it with --factor.")
     dim = record.get('dim') or 2 * frequencies(next(iter(rotary_modules(skeleton(_plain(raw))).values())))[0].numel()
     p, claimed = _form_5(raw), _whole(raw.get('max_position_embeddings'))
     if not record and _kind(p) == 'dynamic' and claimed: claimed = int(claimed * p.get('factor', 1))      # dynamic keeps the original length there
     target = target or _whole(record.get('length')) or claimed
+    check(target is None or target <= 2**24, f"a target of {target} tokens is beyond 2**24, where positions are no longer exact in float32; pass a smaller --target.")
     check(target, "the length that the model should reach is unknown; pass it with --target.")
     if scaling:
         original = original or record.get('original') or _named_original(raw)
@@ -246,21 +252,35 @@ def intended(
     if original: vars(config).pop('original_max_position_embeddings', None); rope_entry(config).pop('original_max_position_embeddings', None)
     return Intended(*from_config(config, original, dim), dim, target, 'you' if original else 'config.json')
 
+def _recorded(folder):
+    "The rotation that `pose_nb.json` remembers, {} if it remembers none."
+    record = read_record(folder)
+    rope = (record.get('rope') or {}) if isinstance(record, dict) else None
+    whole = isinstance(rope, dict) and (not rope or isinstance(rope.get('rope_parameters'), dict) and {'original', 'dim', 'length'} <= set(rope))
+    check(whole, f"{folder}/pose_nb.json does not describe a rotation as this package writes it; restore it or delete it.")
+    return rope
+
 def _named_original(raw):
     "The original length that a config names, at the top level or in its entry."
     entry = raw.get('rope_scaling') or raw.get('rope_parameters') or {}
-    return raw.get('original_max_position_embeddings') or entry.get('original_max_position_embeddings')
+    return raw.get('original_max_position_embeddings') or (entry.get('original_max_position_embeddings') if isinstance(entry, dict) else None)
 
 def _plain(raw):
     "A config of the same architecture without any scaling, for what does not depend on it."
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-    check(raw.get('model_type') in CONFIG_MAPPING, f"model_type '{raw.get('model_type')}' is unknown to the installed transformers; the doctor cannot examine it.")
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    kind = str(raw.get('model_type'))
+    check(kind in CONFIG_MAPPING, f"model_type '{kind}' is unknown to the installed transformers; the doctor cannot examine it.")
+    check(kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and 'text_config' not in raw, f"'{kind}' is not a plain causal language model; the doctor examines the config of the language model alone.")
+    check(kind not in CONVERTED, f"'{kind}' does not take its rotation from its config, whatever that says; pose_nb extend and patch convert it to a family that does.")
     keep = {k: v for k, v in raw.items() if k not in ('rope_parameters', 'rope_scaling', 'original_max_position_embeddings', 'original_rope_theta')}
-    share = (raw.get('rope_parameters') or {}).get('partial_rotary_factor')
+    entry = raw.get('rope_parameters') or {}
+    share = entry.get('partial_rotary_factor') if isinstance(entry, dict) else None
     length = _whole(raw.get('max_position_embeddings')) or 2048
-    return CONFIG_MAPPING[raw['model_type']].from_dict(keep | dict(max_position_embeddings=length) | (dict(partial_rotary_factor=share) if share else {}))
+    try: return CONFIG_MAPPING[kind].from_dict(keep | dict(max_position_embeddings=length) | (dict(partial_rotary_factor=share) if share else {}))
+    except Exception as e: raise PoseError(f"transformers cannot make a {kind} of this config.json ({' '.join(str(e.__cause__ or e).split())[:150]}); restore it.") from None
 
-# %% ../nbs/10a_doctor.ipynb #93bd1617
+# %% ../nbs/10a_doctor.ipynb #6905d273
 def findings(
     raw:dict,  # A config.json
 )->list: # Sentences
@@ -291,7 +311,7 @@ def findings(
         (other, f"{', '.join(other)} claims another length than max_position_embeddings; vLLM takes the smallest, SGLang the first it finds.")]
     return [sentence for bad, sentence in pairs if bad]
 
-# %% ../nbs/10a_doctor.ipynb #1f976658
+# %% ../nbs/10a_doctor.ipynb #4a3527d0
 def _judge(r:Reading, want:Intended):
     "One row: how far a reading is from what was intended."
     row = dict(engine=r.engine, basis=r.basis, phase_error=None, attention_ratio=None, length=r.length)
@@ -306,7 +326,7 @@ def _judge(r:Reading, want:Intended):
     if r.length > want.target: return row | dict(verdict='same', what=f'limit it to {want.target}, it would allow more')
     return row | dict(verdict='same', what='')
 
-# %% ../nbs/10a_doctor.ipynb #e4398a2e
+# %% ../nbs/10a_doctor.ipynb #e512c30a
 def diagnose(
     folder,          # A checkpoint folder
     want:Intended,   # What the weights were trained for
@@ -321,7 +341,7 @@ def diagnose(
         readings += [transformers_4(raw, want.target, '4.57'), transformers_4(raw, want.target, '4.46'), vllm(raw, want.target, hf), sglang(raw, want.target), llama_cpp(raw, want.target)]
     return [_judge(r, want) for r in readings]
 
-# %% ../nbs/10a_doctor.ipynb #10e6822b
+# %% ../nbs/10a_doctor.ipynb #2ae8cd67
 def readable(
     rows:list,  # From `diagnose`
 )->list: # The same with short numbers
@@ -329,7 +349,7 @@ def readable(
     short = lambda x: '-' if x is None else f'{x:.3g}'
     return [r | dict(phase_error=short(r['phase_error']), attention_ratio=short(r['attention_ratio']), length=r['length'] or '-') for r in rows]
 
-# %% ../nbs/10a_doctor.ipynb #a025e071
+# %% ../nbs/10a_doctor.ipynb #082e2237
 def repair(
     folder,          # A checkpoint folder
     want:Intended,   # What the weights were trained for
@@ -354,7 +374,7 @@ def repair(
     if record: write_record(folder, dict(rope=record | dict(original=want.original, length=want.target, base=want.base, scaling=want.scaling.name, rope_parameters=new['rope_parameters'])))
     return backup
 
-# %% ../nbs/10a_doctor.ipynb #7511feea
+# %% ../nbs/10a_doctor.ipynb #18a033ee
 _FLAG = {'vLLM': '--max-model-len', 'SGLang': '--context-length', 'llama.cpp': '-c'}
 
 def _if_repaired(folder, want):
@@ -374,7 +394,7 @@ def _fix(row, better, want, command):
     flag = next((f for e, f in _FLAG.items() if row['engine'].startswith(e)), '')
     return f'{flag} {want.target}' if flag and row['length'] != want.target else ''
 
-# %% ../nbs/10a_doctor.ipynb #70937074
+# %% ../nbs/10a_doctor.ipynb #f35c284f
 def doctor(
     folder,                   # A checkpoint folder made by anyone
     target:int=None,          # Length it should reach, in tokens; None: what its record or config claims

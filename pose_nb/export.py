@@ -16,7 +16,7 @@ from .common import PoseError, check, environment, read_json, write_atomic, writ
 from .model import cast_weights, frequencies, load_config, load_model, load_tokenizer, rope_info, rotary_modules, set_scaling
 from .rope_config import from_config
 
-# %% ../nbs/10_export.ipynb #ec263d2d
+# %% ../nbs/10_export.ipynb #54febcfc
 def older_keys(
     config:dict,  # A config.json of transformers 5
 )->dict: # Keys to add
@@ -30,7 +30,7 @@ def older_keys(
     if config.get('dtype'): out['torch_dtype'] = config['dtype']
     return out
 
-# %% ../nbs/10_export.ipynb #2e8533d3
+# %% ../nbs/10_export.ipynb #af6c0a02
 def add_older_keys(
     folder:str|Path,  # A checkpoint that transformers 5 has written
 )->None:
@@ -135,13 +135,15 @@ def claim_folder(
     check(resume or not used, f"{out} already holds files; choose a new or empty --output-dir.")
     return out
 
-# %% ../nbs/10_export.ipynb #802338a9
+# %% ../nbs/10_export.ipynb #bde643af
 def skeleton(
     config,  # A transformers config
 ): # A model on the meta device
     "A model without weights, to which `set_scaling` and `rope_info` apply."
     from transformers import AutoModelForCausalLM
-    with torch.device('meta'): return AutoModelForCausalLM.from_config(config)
+    try:
+        with torch.device('meta'): return AutoModelForCausalLM.from_config(config)
+    except Exception as e: raise PoseError(f"no model can be built from this config of '{config.model_type}' ({' '.join(str(e).split())[:150]}); restore config.json.") from None
 
 def _local(model):
     "The folder of a checkpoint; one on the hub is downloaded first."
@@ -160,7 +162,7 @@ def _take(source, target, copy):
     except OSError: pass
     shutil.copyfile(source, target)
 
-# %% ../nbs/10_export.ipynb #e3dadcb0
+# %% ../nbs/10_export.ipynb #fda0c3c7
 _NOT_TAKEN = ('config.json', 'pose_nb.json', 'README.md', 'train_log.jsonl', 'loss.svg')
 
 def _files(folder):

@@ -175,6 +175,7 @@ def extend(
         dataset = make_dataset(store, make_sampler(plan), tokenizer, settings.seed, start_id, passkey_share, copy_share, not keep_seam)
         net = load_model(model, torch.float32, attn_implementation, trust_remote_code=trust_remote_code)
         scheme, longest = make_scaling(plan), max(target, plan['original'])
+        set_scaling(net, scheme, longest, plan['original'])                                   # refuses what could not be saved at the end
         set_scaling(net, scheme.at(longest, plan['original']), longest, plan['original'])     # fixed while training
         top, vocab = int(store.tokens.max()), net.get_input_embeddings().num_embeddings
         check(top < vocab, f"the tokenizer gives token id {top}, but the model's vocabulary has {vocab} entries; use the tokenizer of this model.")

@@ -13,7 +13,7 @@ from pose_nb.rope_config import rotary_dim
 TYPES = rope_model_types()
 MUST = 'llama mistral mixtral qwen2 qwen3 gemma2 gemma3_text phi gpt_neox gptj codegen falcon stablelm olmo2 cohere granite starcoder2 smollm3 glm deepseek_v3'.split()
 REASONS = {**{t: why for t, why in REFUSED.items()}, **dict.fromkeys(['gemma4_text', 'gemma4_unified_text', 'lfm3'], "rope_type 'proportional'"), 'ministral3': 'something besides RoPE',
-           **dict.fromkeys(['phi3', 'phi4_multimodal', 'phimoe'], 'cannot express dynamic'), 'dbrx': 'logits differ by'}
+           **dict.fromkeys(['phi3', 'phi4_multimodal', 'phimoe'], 'cannot express dynamic'), 'dbrx': 'logits differ by', 'modernbert-decoder': 'post-processes its logits'}
 
 
 @pytest.mark.parametrize('kind', TYPES)

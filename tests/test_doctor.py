@@ -118,3 +118,32 @@ def test_rules_that_cannot_be_run_here():
     llama3 = RAW | dict(rope_scaling=dict(rope_type='llama3', factor=8., low_freq_factor=1., high_freq_factor=4., original_max_position_embeddings=64))
     assert torch.equal(llama_cpp(llama3, 512).inv_freq, Llama3(8)(32, 1e4, 64)[0]) and torch.equal(llama_cpp(llama3 | dict(model_type='qwen2'), 512).inv_freq, plain)
     assert 'KeyError' in llama_cpp(RAW | dict(rope_scaling=dict(rope_type='yarn', factor=8.)), 512).problem
+
+
+@pytest.mark.parametrize('changes,says', [
+    (dict(head_dim='64'), 'cannot make a llama'), (dict(head_dim=0), 'no model can be built'), (dict(num_attention_heads=None, hidden_size=None), ''), (dict(hidden_size=-1), 'cannot make a llama'), (dict(model_type='llava'), 'not a plain causal language model'),
+    (dict(text_config={}), 'not a plain'), (dict(model_type='gptj'), 'convert'), (dict(model_type=['x']), 'unknown'), (dict(max_position_embeddings=10**30), 'unknown; pass it with --target'), (dict(rope_parameters=[1]), 'not a dictionary'), (dict(model_type='t5'), 'not a plain'),
+])
+def test_a_config_that_makes_no_sense_gets_one_sentence(changes, says, cli, tmp_path):
+    folder = base(tmp_path, **changes)
+    before = (folder/'config.json').read_bytes()
+    for words in (['doctor', folder], ['doctor', folder, '--scaling', 'yarn', '--original', '256', '--fix']):
+        r = cli(*words)
+        if r.code == 0: continue
+        assert r.code == 2 and len(r.err.strip().splitlines()) == 1 and (says in r.err or '--fix' in words), r.err
+        assert (folder/'config.json').read_bytes() == before
+
+
+@pytest.mark.parametrize('record', ['[]', 'null', '{"rope": {"dim": 32}}', '{"rope": {"original": 256, "length": 512, "dim": 32, "rope_parameters": null}}'])
+def test_a_record_that_makes_no_sense_gets_one_sentence(record, cli, tmp_path):
+    folder = base(tmp_path)
+    (folder/'pose_nb.json').write_text(record)
+    r = cli('doctor', folder)
+    assert r.code == 2 and 'pose_nb.json does not describe' in r.err
+
+
+def test_other_bad_requests(cli, tmp_path):
+    folder = base(tmp_path)
+    for words, says in ((['--scaling', 'yarn', '--target', str(2**40), '--original', '256'], '2**24'), (['--scaling', 'yarn', '--scaling-kwargs', '{"factor": 2}', '--original', '256', '--target', '512'], '--factor'), (['--factor', '2'], 'add --scaling'), (['--scaling', 'yarm'], 'choose one of')):
+        r = cli('doctor', folder, *words)
+        assert r.code == 2 and says in r.err, r.err

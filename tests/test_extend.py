@@ -189,3 +189,15 @@ def test_extending_again_starts_from_the_original_length_and_says_so(checkpoint,
     assert r.code == 0 and 'extended before, by yarn with factor 4; the new factor 8 is relative to its original 64 tokens' in r.err
     info = rope_info(load_model(second, device='cpu'))
     assert (info.original, info.length, info.scaling.factor) == (WINDOW, 2 * TARGET, 8.)
+
+
+def test_a_scheme_that_could_not_be_saved_is_refused_before_training(corpus, cli, tmp_path):
+    from conftest import make_tokenizer
+    from transformers import AutoModelForCausalLM, Phi3Config
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(Phi3Config(vocab_size=300, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=WINDOW, original_max_position_embeddings=WINDOW, bos_token_id=0, eos_token_id=1, pad_token_id=None))
+    model.save_pretrained(tmp_path/'phi3'); make_tokenizer().save_pretrained(tmp_path/'phi3')
+    r = cli(*extend_args(tmp_path/'phi3', corpus.jsonl, tmp_path/'out', scaling='dynamic'))
+    assert r.code == 2 and 'cannot express dynamic' in r.err and not (tmp_path/'out').exists()
+    assert cli(*extend_args(tmp_path/'phi3', corpus.jsonl, tmp_path/'out', scaling='yarn')).code == 0
+    assert rope_info(load_model(tmp_path/'out', device='cpu')).scaling.name == 'yarn'

@@ -132,3 +132,19 @@ def test_a_model_that_changes_its_logits_is_refused():
     m.get_output_embeddings = lambda head=m.lm_head: head
     m.lm_head = torch.nn.Sequential(m.lm_head, torch.nn.Tanh())      # after the head that the loss uses, as Gemma 2's soft cap is
     with pytest.raises(PoseError, match='post-processes its logits'): head_guard(loss_model, batch)
+
+
+@pytest.mark.parametrize('kind', ['gemma2', 'cohere', 'granite', 'hyperclovax', 'minicpm3', 'falcon_h1', 'nanochat'])
+def test_the_loss_in_slices_is_that_of_models_that_scale_or_squash_their_logits(kind):
+    from pose_nb.architectures import loss_in_slices, tiny_config
+    from pose_nb.train import logits_head
+    from transformers import AutoModelForCausalLM
+    config = tiny_config(kind)
+    for name, value in dict(final_logit_softcapping=2., logit_scale=.3, logits_scaling=5., lm_head_multiplier=.4).items():
+        if hasattr(config, name) and kind != 'minicpm3': setattr(config, name, value)       # there it is derived
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    assert loss_in_slices(model) == ''
+    plain = model.get_output_embeddings()
+    hidden = torch.randn(3, plain.in_features)
+    assert not torch.allclose(logits_head(model)(hidden), plain(hidden)), 'something is done to the logits'
