@@ -6,7 +6,7 @@
 __all__ = ['TESTED', 'Reading', 'transformers_5', 'transformers_4', 'vllm', 'sglang', 'llama_cpp', 'Intended', 'intended',
            'findings', 'diagnose', 'readable', 'repair', 'doctor']
 
-# %% ../nbs/10a_doctor.ipynb #199cfd88
+# %% ../nbs/10a_doctor.ipynb #cde065f7
 import json, math, os, tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from .model import frequencies, load_config, rope_info, rotary_modules
 from .plots import table
 from .rope_config import from_config, rope_entry, to_config, wide_layers
 
-# %% ../nbs/10a_doctor.ipynb #69e6d24a
+# %% ../nbs/10a_doctor.ipynb #ac32c704
 def _kind(p): return p.get('rope_type') or p.get('type') or 'default'
 
 def _scheme(kind, p, factor, attention=None):
@@ -40,7 +40,7 @@ def _mscale(p, factor):
     one = lambda m: .1 * m * math.log(factor) + 1
     return one(p['mscale']) / one(p['mscale_all_dim']) if p.get('mscale') and p.get('mscale_all_dim') else None
 
-# %% ../nbs/10a_doctor.ipynb #fa14689b
+# %% ../nbs/10a_doctor.ipynb #1743d832
 @dataclass
 class Reading:
     "What an engine makes of a config."
@@ -58,7 +58,7 @@ def _reading(engine, compute, basis='source'):
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, ZeroDivisionError) as e:
         return Reading(engine, problem=f"stops with {type(e).__name__}: {' '.join(str(e).split())[:150]}.", basis=basis)
 
-# %% ../nbs/10a_doctor.ipynb #7c1ab44e
+# %% ../nbs/10a_doctor.ipynb #b4f4723f
 def transformers_5(
     folder,     # A checkpoint folder
     target:int, # Tokens of the input
@@ -74,7 +74,7 @@ def transformers_5(
         return frequencies(m)[0].double(), frequencies(m)[1], config.max_position_embeddings
     return _reading(f'transformers {__version__}', compute, 'run')
 
-# %% ../nbs/10a_doctor.ipynb #6fc45c87
+# %% ../nbs/10a_doctor.ipynb #e5ff88b2
 _LENGTHS = ('llama3', 'yarn', 'longrope')
 TESTED = ('llama', 'mistral', 'qwen2', 'phi', 'gpt_neox')      # the rules below were read, and where possible tested, for these architectures
 def _neox(raw): return raw.get('model_type', '').startswith('gpt_neox')
@@ -94,7 +94,7 @@ def _share(raw, kinds={'phi': .5, 'persimmon': .5, 'stablelm': .25, 'glm': .5}):
 
 def _compute(scheme, d, theta, original, target): return scheme.at(target, original)(d, theta, original)
 
-# %% ../nbs/10a_doctor.ipynb #dd75c486
+# %% ../nbs/10a_doctor.ipynb #7e719ad6
 _SCALED_446 = ('cohere', 'falcon', 'gpt_neox', 'gpt_neox_japanese', 'granite', 'granitemoe', 'llama', 'nemotron', 'olmoe', 'persimmon', 'phi', 'qwen2', 'qwen2_moe', 'stablelm', 'starcoder2')
 
 def _longrope_4(p, M, top, old):
@@ -130,7 +130,7 @@ def transformers_4(
         return *_compute(_scheme(kind, p, factor, a), int(_head(raw) * _share(raw)), theta, L, target), M
     return _reading(f'transformers {version}', compute, 'source' if raw.get('model_type') in TESTED else 'unverified')
 
-# %% ../nbs/10a_doctor.ipynb #042c8a93
+# %% ../nbs/10a_doctor.ipynb #ba47a379
 def _own_scale(p, raw, long):
     "The attention factor of longrope in vLLM and SGLang: their own keys, or the ratio of lengths; `attention_factor` is not read."
     M, L = raw['max_position_embeddings'], p['original_max_position_embeddings']
@@ -161,7 +161,7 @@ def vllm(
         return *_compute(scheme, int(_head(raw) * share), p['rope_theta'], L, target), int(length)
     return _reading('vLLM 0.33', compute, 'source' if raw.get('model_type') in TESTED else 'unverified')
 
-# %% ../nbs/10a_doctor.ipynb #70e621f8
+# %% ../nbs/10a_doctor.ipynb #55a3ba6c
 _SGLANG_LENGTHS = ('max_sequence_length', 'seq_length', 'max_seq_len', 'model_max_length', 'max_position_embeddings')
 
 def sglang(
@@ -180,7 +180,7 @@ def sglang(
         return *_compute(scheme, int(_head(raw) * _share(raw)), p['rope_theta'], L, at), int(k * next(raw[n] for n in _SGLANG_LENGTHS if raw.get(n)))
     return _reading('SGLang 0.5.23', compute, 'source' if raw.get('model_type') in TESTED and not _neox(raw) else 'unverified')
 
-# %% ../nbs/10a_doctor.ipynb #df218241
+# %% ../nbs/10a_doctor.ipynb #695f3c54
 _LLAMA_FAMILY = ('llama', 'mistral', 'mixtral', 'exaone')
 
 def llama_cpp(
@@ -201,7 +201,7 @@ def llama_cpp(
         return *_compute(scheme, int(_head(raw) * share), theta, L or M, target), M
     return _reading('llama.cpp', compute, 'source' if raw.get('model_type') in TESTED else 'unverified')
 
-# %% ../nbs/10a_doctor.ipynb #725d4ae1
+# %% ../nbs/10a_doctor.ipynb #69390c96
 @dataclass
 class Intended:
     "The rotation that the weights were trained for."
@@ -228,7 +228,7 @@ def intended(
     "What the weights were trained for, as far as it is known. Raises `PoseError` if neither you, nor the record, nor the config says enough."
     raw, record = read_json(Path(folder)/'config.json'), _recorded(folder)
     check(isinstance(raw, dict), f"{folder}/config.json is not the config of a model; pass the folder of a checkpoint.")
-    for k in ('rope_parameters', 'rope_scaling'): check(isinstance(raw.get(k), (dict, type(None))), f"{k} of {folder}/config.json is a {type(raw[k]).__name__}, not a dictionary; restore it.")
+    for k in ('rope_parameters', 'rope_scaling'): check(isinstance(raw.get(k), (dict, type(None))), f"{k} of {folder}/config.json is a {type(raw.get(k)).__name__}, not a dictionary; restore it.")
     if scaling: choose(scaling, SCALINGS, 'scaling')
     check('factor' not in (scaling_kwargs or {}), "the factor does not belong to --scaling-kwargs; give it with --factor.")
     dim = record.get('dim') or 2 * frequencies(next(iter(rotary_modules(skeleton(_plain(raw))).values())))[0].numel()
@@ -280,7 +280,7 @@ def _plain(raw):
     try: return CONFIG_MAPPING[kind].from_dict(keep | dict(max_position_embeddings=length) | (dict(partial_rotary_factor=share) if share else {}))
     except Exception as e: raise PoseError(f"transformers cannot make a {kind} of this config.json ({' '.join(str(e.__cause__ or e).split())[:150]}); restore it.") from None
 
-# %% ../nbs/10a_doctor.ipynb #6905d273
+# %% ../nbs/10a_doctor.ipynb #0cda94a1
 def findings(
     raw:dict,  # A config.json
 )->list: # Sentences
@@ -311,7 +311,7 @@ def findings(
         (other, f"{', '.join(other)} claims another length than max_position_embeddings; vLLM takes the smallest, SGLang the first it finds.")]
     return [sentence for bad, sentence in pairs if bad]
 
-# %% ../nbs/10a_doctor.ipynb #4a3527d0
+# %% ../nbs/10a_doctor.ipynb #2ce1efaa
 def _judge(r:Reading, want:Intended):
     "One row: how far a reading is from what was intended."
     row = dict(engine=r.engine, basis=r.basis, phase_error=None, attention_ratio=None, length=r.length)
@@ -326,7 +326,7 @@ def _judge(r:Reading, want:Intended):
     if r.length > want.target: return row | dict(verdict='same', what=f'limit it to {want.target}, it would allow more')
     return row | dict(verdict='same', what='')
 
-# %% ../nbs/10a_doctor.ipynb #e512c30a
+# %% ../nbs/10a_doctor.ipynb #23fc7e98
 def diagnose(
     folder,          # A checkpoint folder
     want:Intended,   # What the weights were trained for
@@ -341,7 +341,7 @@ def diagnose(
         readings += [transformers_4(raw, want.target, '4.57'), transformers_4(raw, want.target, '4.46'), vllm(raw, want.target, hf), sglang(raw, want.target), llama_cpp(raw, want.target)]
     return [_judge(r, want) for r in readings]
 
-# %% ../nbs/10a_doctor.ipynb #2ae8cd67
+# %% ../nbs/10a_doctor.ipynb #e1699820
 def readable(
     rows:list,  # From `diagnose`
 )->list: # The same with short numbers
@@ -349,7 +349,7 @@ def readable(
     short = lambda x: '-' if x is None else f'{x:.3g}'
     return [r | dict(phase_error=short(r['phase_error']), attention_ratio=short(r['attention_ratio']), length=r['length'] or '-') for r in rows]
 
-# %% ../nbs/10a_doctor.ipynb #082e2237
+# %% ../nbs/10a_doctor.ipynb #69778667
 def repair(
     folder,          # A checkpoint folder
     want:Intended,   # What the weights were trained for
@@ -374,7 +374,7 @@ def repair(
     if record: write_record(folder, dict(rope=record | dict(original=want.original, length=want.target, base=want.base, scaling=want.scaling.name, rope_parameters=new['rope_parameters'])))
     return backup
 
-# %% ../nbs/10a_doctor.ipynb #18a033ee
+# %% ../nbs/10a_doctor.ipynb #f286b9bb
 _FLAG = {'vLLM': '--max-model-len', 'SGLang': '--context-length', 'llama.cpp': '-c'}
 
 def _if_repaired(folder, want):
@@ -394,7 +394,7 @@ def _fix(row, better, want, command):
     flag = next((f for e, f in _FLAG.items() if row['engine'].startswith(e)), '')
     return f'{flag} {want.target}' if flag and row['length'] != want.target else ''
 
-# %% ../nbs/10a_doctor.ipynb #f35c284f
+# %% ../nbs/10a_doctor.ipynb #5ff19c53
 def doctor(
     folder,                   # A checkpoint folder made by anyone
     target:int=None,          # Length it should reach, in tokens; None: what its record or config claims
