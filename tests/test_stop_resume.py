@@ -132,3 +132,15 @@ def test_a_checkpoint_by_name_and_an_older_one(base, corpus, uninterrupted, cli,
     assert cli(*words, '--resume-from-checkpoint', tmp_path/'o'/'checkpoint-2').code == 0
     assert_same(want, weights(tmp_path/'o'))
     assert [r['step'] for r in read_log(tmp_path/'o')] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize('words', [['--scaling', 'dynamic'], ['--scaling', 'longrope', '--scaling-kwargs', '{"long_factor": [1,1.2,1.5,2,2.5,3,3.5,4], "short_factor": [1,1,1,1,1,1,1,1.1]}']], ids=['dynamic', 'longrope'])
+def test_schemes_that_look_at_the_input_resume_too(words, base, corpus, cli, tmp_path):
+    "Training holds the frequencies of the full length; a checkpoint taken in between must not change that."
+    whole, parts = tmp_path/'whole', tmp_path/'parts'
+    assert cli(*args(base, corpus, whole), *words).code == 0
+    _, stderr, code = stop_with(signal.SIGINT, args(base, corpus, parts) + words, parts)
+    assert code == 130, stderr
+    assert cli(*args(base, corpus, parts), *words, '--resume-from-checkpoint').code == 0
+    assert_same(weights(parts), weights(whole))
+    assert (parts/'config.json').read_text() == (whole/'config.json').read_text()
