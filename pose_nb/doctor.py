@@ -6,8 +6,8 @@
 __all__ = ['TESTED', 'Reading', 'transformers_5', 'transformers_4', 'vllm', 'sglang', 'llama_cpp', 'Intended', 'intended',
            'findings', 'diagnose', 'readable', 'repair', 'doctor']
 
-# %% ../nbs/10a_doctor.ipynb #cde065f7
-import json, math, os, tempfile
+# %% ../nbs/10a_doctor.ipynb #e67389f8
+import math, os, tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,11 +18,11 @@ from .common import PoseError, check, choose, read_json, write_atomic, write_jso
 from .convert import CONVERTED
 from .export import older_keys, read_record, skeleton, write_record
 from .interpolation import DynamicNTK, Linear, Llama3, LongRoPE, NoScaling, SCALINGS, YaRN, get_scaling
-from .model import frequencies, load_config, rope_info, rotary_modules
+from .model import frequencies, load_config, rotary_modules
 from .plots import table
 from .rope_config import from_config, rope_entry, to_config, wide_layers
 
-# %% ../nbs/10a_doctor.ipynb #ac32c704
+# %% ../nbs/10a_doctor.ipynb #30875467
 def _kind(p): return p.get('rope_type') or p.get('type') or 'default'
 
 def _scheme(kind, p, factor, attention=None):
@@ -40,7 +40,7 @@ def _mscale(p, factor):
     one = lambda m: .1 * m * math.log(factor) + 1
     return one(p['mscale']) / one(p['mscale_all_dim']) if p.get('mscale') and p.get('mscale_all_dim') else None
 
-# %% ../nbs/10a_doctor.ipynb #1743d832
+# %% ../nbs/10a_doctor.ipynb #e9450d8f
 @dataclass
 class Reading:
     "What an engine makes of a config."
@@ -58,7 +58,7 @@ def _reading(engine, compute, basis='source'):
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, ZeroDivisionError) as e:
         return Reading(engine, problem=f"stops with {type(e).__name__}: {' '.join(str(e).split())[:150]}.", basis=basis)
 
-# %% ../nbs/10a_doctor.ipynb #b4f4723f
+# %% ../nbs/10a_doctor.ipynb #b7195d31
 def transformers_5(
     folder,     # A checkpoint folder
     target:int, # Tokens of the input
@@ -74,7 +74,7 @@ def transformers_5(
         return frequencies(m)[0].double(), frequencies(m)[1], config.max_position_embeddings
     return _reading(f'transformers {__version__}', compute, 'run')
 
-# %% ../nbs/10a_doctor.ipynb #e5ff88b2
+# %% ../nbs/10a_doctor.ipynb #07050b8f
 _LENGTHS = ('llama3', 'yarn', 'longrope')
 TESTED = ('llama', 'mistral', 'qwen2', 'phi', 'gpt_neox')      # the rules below were read, and where possible tested, for these architectures
 def _neox(raw): return raw.get('model_type', '').startswith('gpt_neox')
@@ -94,7 +94,7 @@ def _share(raw, kinds={'phi': .5, 'persimmon': .5, 'stablelm': .25, 'glm': .5}):
 
 def _compute(scheme, d, theta, original, target): return scheme.at(target, original)(d, theta, original)
 
-# %% ../nbs/10a_doctor.ipynb #7e719ad6
+# %% ../nbs/10a_doctor.ipynb #f6c1f957
 _SCALED_446 = ('cohere', 'falcon', 'gpt_neox', 'gpt_neox_japanese', 'granite', 'granitemoe', 'llama', 'nemotron', 'olmoe', 'persimmon', 'phi', 'qwen2', 'qwen2_moe', 'stablelm', 'starcoder2')
 
 def _longrope_4(p, M, top, old):
@@ -130,7 +130,7 @@ def transformers_4(
         return *_compute(_scheme(kind, p, factor, a), int(_head(raw) * _share(raw)), theta, L, target), M
     return _reading(f'transformers {version}', compute, 'source' if raw.get('model_type') in TESTED else 'unverified')
 
-# %% ../nbs/10a_doctor.ipynb #ba47a379
+# %% ../nbs/10a_doctor.ipynb #f683c001
 def _own_scale(p, raw, long):
     "The attention factor of longrope in vLLM and SGLang: their own keys, or the ratio of lengths; `attention_factor` is not read."
     M, L = raw['max_position_embeddings'], p['original_max_position_embeddings']
@@ -161,7 +161,7 @@ def vllm(
         return *_compute(scheme, int(_head(raw) * share), p['rope_theta'], L, target), int(length)
     return _reading('vLLM 0.33', compute, 'source' if raw.get('model_type') in TESTED else 'unverified')
 
-# %% ../nbs/10a_doctor.ipynb #55a3ba6c
+# %% ../nbs/10a_doctor.ipynb #a1201952
 _SGLANG_LENGTHS = ('max_sequence_length', 'seq_length', 'max_seq_len', 'model_max_length', 'max_position_embeddings')
 
 def sglang(
@@ -180,7 +180,7 @@ def sglang(
         return *_compute(scheme, int(_head(raw) * _share(raw)), p['rope_theta'], L, at), int(k * next(raw[n] for n in _SGLANG_LENGTHS if raw.get(n)))
     return _reading('SGLang 0.5.23', compute, 'source' if raw.get('model_type') in TESTED and not _neox(raw) else 'unverified')
 
-# %% ../nbs/10a_doctor.ipynb #695f3c54
+# %% ../nbs/10a_doctor.ipynb #712fd119
 _LLAMA_FAMILY = ('llama', 'mistral', 'mixtral', 'exaone')
 
 def llama_cpp(
@@ -201,7 +201,7 @@ def llama_cpp(
         return *_compute(scheme, int(_head(raw) * share), theta, L or M, target), M
     return _reading('llama.cpp', compute, 'source' if raw.get('model_type') in TESTED else 'unverified')
 
-# %% ../nbs/10a_doctor.ipynb #69390c96
+# %% ../nbs/10a_doctor.ipynb #14975829
 @dataclass
 class Intended:
     "The rotation that the weights were trained for."
@@ -280,7 +280,7 @@ def _plain(raw):
     try: return CONFIG_MAPPING[kind].from_dict(keep | dict(max_position_embeddings=length) | (dict(partial_rotary_factor=share) if share else {}))
     except Exception as e: raise PoseError(f"transformers cannot make a {kind} of this config.json ({' '.join(str(e.__cause__ or e).split())[:150]}); restore it.") from None
 
-# %% ../nbs/10a_doctor.ipynb #0cda94a1
+# %% ../nbs/10a_doctor.ipynb #72abf28b
 def findings(
     raw:dict,  # A config.json
 )->list: # Sentences
@@ -311,7 +311,7 @@ def findings(
         (other, f"{', '.join(other)} claims another length than max_position_embeddings; vLLM takes the smallest, SGLang the first it finds.")]
     return [sentence for bad, sentence in pairs if bad]
 
-# %% ../nbs/10a_doctor.ipynb #2ce1efaa
+# %% ../nbs/10a_doctor.ipynb #8d15fd79
 def _judge(r:Reading, want:Intended):
     "One row: how far a reading is from what was intended."
     row = dict(engine=r.engine, basis=r.basis, phase_error=None, attention_ratio=None, length=r.length)
@@ -326,7 +326,7 @@ def _judge(r:Reading, want:Intended):
     if r.length > want.target: return row | dict(verdict='same', what=f'limit it to {want.target}, it would allow more')
     return row | dict(verdict='same', what='')
 
-# %% ../nbs/10a_doctor.ipynb #23fc7e98
+# %% ../nbs/10a_doctor.ipynb #55b2be0e
 def diagnose(
     folder,          # A checkpoint folder
     want:Intended,   # What the weights were trained for
@@ -341,7 +341,7 @@ def diagnose(
         readings += [transformers_4(raw, want.target, '4.57'), transformers_4(raw, want.target, '4.46'), vllm(raw, want.target, hf), sglang(raw, want.target), llama_cpp(raw, want.target)]
     return [_judge(r, want) for r in readings]
 
-# %% ../nbs/10a_doctor.ipynb #e1699820
+# %% ../nbs/10a_doctor.ipynb #2d81c21b
 def readable(
     rows:list,  # From `diagnose`
 )->list: # The same with short numbers
@@ -349,7 +349,7 @@ def readable(
     short = lambda x: '-' if x is None else f'{x:.3g}'
     return [r | dict(phase_error=short(r['phase_error']), attention_ratio=short(r['attention_ratio']), length=r['length'] or '-') for r in rows]
 
-# %% ../nbs/10a_doctor.ipynb #69778667
+# %% ../nbs/10a_doctor.ipynb #99c186fc
 def repair(
     folder,          # A checkpoint folder
     want:Intended,   # What the weights were trained for
@@ -374,7 +374,7 @@ def repair(
     if record: write_record(folder, dict(rope=record | dict(original=want.original, length=want.target, base=want.base, scaling=want.scaling.name, rope_parameters=new['rope_parameters'])))
     return backup
 
-# %% ../nbs/10a_doctor.ipynb #f286b9bb
+# %% ../nbs/10a_doctor.ipynb #55c766f2
 _FLAG = {'vLLM': '--max-model-len', 'SGLang': '--context-length', 'llama.cpp': '-c'}
 
 def _if_repaired(folder, want):
@@ -394,7 +394,7 @@ def _fix(row, better, want, command):
     flag = next((f for e, f in _FLAG.items() if row['engine'].startswith(e)), '')
     return f'{flag} {want.target}' if flag and row['length'] != want.target else ''
 
-# %% ../nbs/10a_doctor.ipynb #5ff19c53
+# %% ../nbs/10a_doctor.ipynb #8ac5a59d
 def doctor(
     folder,                   # A checkpoint folder made by anyone
     target:int=None,          # Length it should reach, in tokens; None: what its record or config claims

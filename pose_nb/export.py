@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 
 from .common import PoseError, check, environment, read_json, write_atomic, write_json
-from .model import cast_weights, frequencies, load_config, load_model, load_tokenizer, rope_info, rotary_modules, set_scaling
+from .model import frequencies, load_config, load_model, load_tokenizer, rope_info, rotary_modules, set_scaling
 from .rope_config import from_config
 
-# %% ../nbs/10_export.ipynb #54febcfc
+# %% ../nbs/10_export.ipynb #84609245
 def older_keys(
     config:dict,  # A config.json of transformers 5
 )->dict: # Keys to add
@@ -30,7 +30,7 @@ def older_keys(
     if config.get('dtype'): out['torch_dtype'] = config['dtype']
     return out
 
-# %% ../nbs/10_export.ipynb #af6c0a02
+# %% ../nbs/10_export.ipynb #63d63308
 def add_older_keys(
     folder:str|Path,  # A checkpoint that transformers 5 has written
 )->None:
@@ -135,7 +135,7 @@ def claim_folder(
     check(resume or not used, f"{out} already holds files; choose a new or empty --output-dir.")
     return out
 
-# %% ../nbs/10_export.ipynb #bde643af
+# %% ../nbs/10_export.ipynb #b84bd03f
 def skeleton(
     config,  # A transformers config
 ): # A model on the meta device
@@ -162,7 +162,7 @@ def _take(source, target, copy):
     except OSError: pass
     shutil.copyfile(source, target)
 
-# %% ../nbs/10_export.ipynb #fda0c3c7
+# %% ../nbs/10_export.ipynb #cda532a6
 _NOT_TAKEN = ('config.json', 'pose_nb.json', 'README.md', 'train_log.jsonl', 'loss.svg')
 
 def _files(folder):

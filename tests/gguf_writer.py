@@ -1,5 +1,4 @@
 """Write a Llama checkpoint as GGUF, with the metadata keys that llama.cpp reads for RoPE. Only for tests: real conversions are llama.cpp's job."""
-import json
 from pathlib import Path
 
 import gguf, numpy as np, torch

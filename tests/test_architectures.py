@@ -5,8 +5,8 @@ import pytest, torch
 
 from pose_nb.architectures import architecture_row, logits_at, rope_model_types, tiny_model, verdict, _dense
 from pose_nb.common import PoseError
-from pose_nb.export import add_older_keys, save_extended
-from pose_nb.interpolation import LongRoPE, NTK, Linear, YaRN, YaRNRevised
+from pose_nb.export import add_older_keys
+from pose_nb.interpolation import LongRoPE, NTK, YaRN, YaRNRevised
 from pose_nb.model import REFUSED, load_model, rope_info, set_scaling
 from pose_nb.rope_config import rotary_dim
 

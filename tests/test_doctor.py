@@ -2,7 +2,7 @@
 import json, shutil
 
 import numpy as np, pytest, torch
-from transformers import AutoConfig, AutoModelForCausalLM, Gemma3TextConfig, GPTNeoXConfig, LlamaConfig, MistralConfig, Phi3Config, PhiConfig, Qwen2Config
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma3TextConfig, GPTNeoXConfig, LlamaConfig, Phi3Config, PhiConfig, Qwen2Config
 
 from pose_nb.common import PoseError, read_json
 from pose_nb.doctor import diagnose, doctor, findings, intended, repair, transformers_5, vllm, sglang, llama_cpp

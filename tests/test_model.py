@@ -5,7 +5,7 @@ from transformers import AutoModelForCausalLM
 
 from pose_nb.common import PoseError
 from pose_nb.data import collate, training_example
-from pose_nb.interpolation import ABF, DynamicNTK, LongRoPE, NTK, SCALINGS, YaRN, get_scaling
+from pose_nb.interpolation import ABF, LongRoPE, NTK, SCALINGS, YaRN, get_scaling
 from pose_nb.model import frequencies, load_model, rope_info, rotary_modules, seam_guard, set_scaling
 from pose_nb.positions import PoSE, example_rng
 
