@@ -13,6 +13,7 @@ from .interpolation import *
 from .rope_config import *
 from .convert import *
 from .positions import *
+from .samplers import *
 from .coverage import *
 from .data import *
 from .model import *

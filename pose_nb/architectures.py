@@ -6,7 +6,7 @@
 __all__ = ['rope_model_types', 'tiny_config', 'tiny_model', 'logits_at', 'layout', 'every_scheme', 'applied', 'linear_is_linear',
            'seam', 'loss_in_slices', 'reloads', 'examine', 'verdict', 'architecture_row']
 
-# %% ../nbs/05b_architectures.ipynb #8fc9f9cd
+# %% ../nbs/05b_architectures.ipynb #d0447f0d
 import json, math, re, sys, tempfile
 from collections import Counter
 from dataclasses import fields
@@ -22,7 +22,7 @@ from .interpolation import ABF, DynamicNTK, LongRoPE, Linear, Llama3, NTK, NTKBy
 from .model import frequencies, load_model, refusal, rope_info, rotary_modules, seam_guard, set_scaling
 from .train import LossModel, head_guard
 
-# %% ../nbs/05b_architectures.ipynb #503e3493
+# %% ../nbs/05b_architectures.ipynb #38dde09e
 def rope_model_types()->list: # Keys of transformers' mapping of causal language models, sorted
     "Every causal language model whose default config has `rope_parameters`, and the two that are converted to one that has."
     def rotates(kind):
@@ -30,7 +30,7 @@ def rope_model_types()->list: # Keys of transformers' mapping of causal language
         except Exception: return False      # no default config at all
     return sorted([k for k in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if rotates(k)] + ['gptj', 'codegen'])
 
-# %% ../nbs/05b_architectures.ipynb #4d6696bb
+# %% ../nbs/05b_architectures.ipynb #1c5ee658
 _VOCAB, _WIDTH, _WINDOW, _FAR = 97, 64, 256, 4096
 
 # One rule per meaning: the first pattern that matches a field's whole name gives its value. A rule changes whole numbers
@@ -68,7 +68,7 @@ _RULES = [
 # The usual 0.02 is meant for widths in the thousands; at width 64 attention would be uniform and positions invisible.
 _FLOATS = [(r'initializer_range', .125), (r'.*dropout.*|.*_pdrop|.*jitter_noise', 0.)]
 
-# %% ../nbs/05b_architectures.ipynb #c520b209
+# %% ../nbs/05b_architectures.ipynb #5e06403e
 def _raw(config, name):
     "A config's own attribute, by any of its names. (Plain `getattr` refuses sizes that differ from layer to layer.)"
     return vars(config).get(config.attribute_map.get(name, name))
@@ -92,7 +92,7 @@ def _kinds(value):
     "One of each kind, in order of appearance, from a list with one entry per layer."
     return sorted({json.dumps(v): v for v in value}.values(), key=value.index)
 
-# %% ../nbs/05b_architectures.ipynb #b9998a7f
+# %% ../nbs/05b_architectures.ipynb #add5c96a
 def _shrink(config, overrides={}):
     "Shrink every field of a config by the rules above."
     # only declared fields: what a class derives from them in __post_init__, it shall derive again
@@ -119,7 +119,7 @@ def _shrink(config, overrides={}):
         elif 'num_attention_heads' in old: new['num_attention_heads'] = _WIDTH // head
     return {k: v for k, v in (new | overrides).items() if k not in old or v != old[k]}
 
-# %% ../nbs/05b_architectures.ipynb #d06696a4
+# %% ../nbs/05b_architectures.ipynb #efbf9fe4
 # What no rule can know, each with its reason
 _OVERRIDES = {
     'gptj':             dict(n_positions=2*_FAR, rotary_dim=8),               # its tables end at n_positions; the tests shift positions
@@ -148,7 +148,7 @@ _OVERRIDES = {
     'zamba2':           dict(use_mem_rope=True),                             # likewise
 }
 
-# %% ../nbs/05b_architectures.ipynb #12170bad
+# %% ../nbs/05b_architectures.ipynb #e892fcaa
 def tiny_config(
     model_type:str,  # One of `rope_model_types()`
 ): # A transformers config of that type
@@ -167,7 +167,7 @@ def tiny_model(
         if not p.any() and 'bias' not in name: torch.nn.init.normal_(p, std=.125)
     return converted(model)
 
-# %% ../nbs/05b_architectures.ipynb #420c2b09
+# %% ../nbs/05b_architectures.ipynb #2c179771
 def _relative(a, b): return ((a - b).abs().max() / b.abs().max()).item()
 def _ids(): return torch.randint(5, _VOCAB - 7, (2, 32), generator=torch.Generator().manual_seed(0))
 def _dense(): return torch.arange(32).repeat(2, 1)
@@ -180,7 +180,7 @@ def logits_at(
     "Logits of two fixed rows of tokens at given positions."
     return model(input_ids=_ids(), position_ids=positions, attention_mask=torch.ones(2, 32, dtype=torch.long), use_cache=False).logits
 
-# %% ../nbs/05b_architectures.ipynb #e41735e7
+# %% ../nbs/05b_architectures.ipynb #b014b23e
 def _rotation_calls(model):
     "Every call of a function named like apply_rotary_pos_emb by a module during one forward pass: this is how to learn which variant is in use."
     calls, undo = [], []
@@ -225,7 +225,7 @@ def layout(
     main = {s for n, s in found.items() if not re.search('indexer|compressor', n)}
     return main.pop() if len(main) == 1 else f'unknown {sorted(main)}'
 
-# %% ../nbs/05b_architectures.ipynb #ea827331
+# %% ../nbs/05b_architectures.ipynb #919c36f1
 def every_scheme(
     dim:int,     # Rotary numbers per head
     base:float,  # RoPE base
@@ -254,7 +254,7 @@ def linear_is_linear(
     base = logits_at(set_scaling(model, Linear(1), n), _dense())
     return _relative(logits_at(set_scaling(model, Linear(2), 2 * n), 2 * _dense()), base)
 
-# %% ../nbs/05b_architectures.ipynb #4276263c
+# %% ../nbs/05b_architectures.ipynb #0f1177b4
 def seam(
     model,  # A tiny model
 )->str: # '' or the reason for refusing
@@ -283,7 +283,7 @@ def reloads(
     a, b = (logits_at(m, 2 * _dense()) for m in (model, again))
     return '' if torch.equal(a, b) else f'logits differ by {_relative(a, b):.0e}'
 
-# %% ../nbs/05b_architectures.ipynb #8a5f8d18
+# %% ../nbs/05b_architectures.ipynb #b190eed9
 def _rotated(model):
     "Rotated and all channels of a head, as in 8/16."
     c, dim = model.config, 2 * frequencies(next(iter(rotary_modules(model).values())))[0].numel()
@@ -313,7 +313,7 @@ def examine(
     for s in (Linear(2), NTK(2), YaRN(2), YaRNRevised(2)): ask(f'reload_{s.name}', lambda: reloads(make, s))
     return row
 
-# %% ../nbs/05b_architectures.ipynb #f9a80b45
+# %% ../nbs/05b_architectures.ipynb #73ecd3fb
 def verdict(
     row:dict,  # From `examine`
 )->str: # '' if everything works, else what does not

@@ -6,7 +6,7 @@
 __all__ = ['VERBS', 'tokens', 'token_list', 'make_parser', 'usage', 'find_verb', 'show', 'resume_command', 'run_verb', 'main']
 
 # %% ../nbs/11_cli.ipynb #99847751
-import argparse, inspect, json, os, shlex, sys, warnings
+import argparse, inspect, json, logging, os, shlex, sys, warnings
 from pathlib import Path
 
 from fastcore.docments import docments
@@ -33,9 +33,9 @@ def token_list(
 
 def _json(text):
     try: value = json.loads(text)
-    except ValueError: raise argparse.ArgumentTypeError(f"'{text}' is not JSON (such as '{{\"min_lr_rate\": 0.1}}')") from None
+    except (ValueError, RecursionError): raise argparse.ArgumentTypeError(f"'{text[:60]}' is not JSON (such as '{{\"beta_fast\": 16}}')") from None
     if isinstance(value, dict): return value
-    raise argparse.ArgumentTypeError(f"'{text}' is not a JSON object (such as '{{\"min_lr_rate\": 0.1}}')")
+    raise argparse.ArgumentTypeError(f"'{text}' is not a JSON object (such as '{{\"beta_fast\": 16}}')")
 
 _CONVERT = {'int': tokens, 'float': float, 'list': token_list, 'dict': _json}
 
@@ -144,6 +144,10 @@ def run_verb(
         return 130
     return 0
 
+def _quiet(record):
+    "Not worth a warning: keys that this package writes on purpose, for vLLM and SGLang."
+    return 'long_mscale' not in record.getMessage()
+
 def main(
     argv:list=None,  # Words after `pose_nb`; None takes those of this process
 )->int: # Exit code
@@ -151,6 +155,8 @@ def main(
     argv = sys.argv[1:] if argv is None else list(argv)
     if not argv or argv[0] in ('-h', '--help', 'help'): print(usage()); return 0
     if argv[0] in ('-V', '--version'): print(pose_nb.__version__); return 0
+    logging.getLogger('transformers').addFilter(_quiet)
+    for name in ('transformers.modeling_rope_utils', 'transformers.configuration_utils'): logging.getLogger(name).addFilter(_quiet)
     warnings.showwarning = lambda message, *_, **__: print(f'pose_nb: warning: {message}', file=sys.stderr)
     try: return run_verb(argv)
     except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()); return 0

@@ -6,7 +6,7 @@
 __all__ = ['CONVERTED', 'phi_config', 'to_phi', 'baichuan_config', 'load_baichuan', 'converted_config', 'converted',
            'is_baichuan']
 
-# %% ../nbs/05a_convert.ipynb #53b23094
+# %% ../nbs/05a_convert.ipynb #59065c9a
 import json, math
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import torch
 from .common import check, read_json
 from .rope import layout_permutation
 
-# %% ../nbs/05a_convert.ipynb #6a863f8c
+# %% ../nbs/05a_convert.ipynb #5857e6ca
 def phi_config(
     config,  # The config of a GPT-J or CodeGen model
 ): # A `PhiConfig` of the same shape
@@ -30,7 +30,7 @@ def phi_config(
     same = {k: getattr(c, k) for k in ('tie_word_embeddings', 'bos_token_id', 'eos_token_id', 'dtype')}
     return PhiConfig(**sizes, **drop, **same, hidden_act=c.activation_function, max_position_embeddings=c.n_positions, layer_norm_eps=c.layer_norm_epsilon, rope_parameters=rope)
 
-# %% ../nbs/05a_convert.ipynb #372c520d
+# %% ../nbs/05a_convert.ipynb #6499678d
 _PHI_NAMES = {'transformer.wte.': 'model.embed_tokens.', 'transformer.ln_f.': 'model.final_layernorm.', 'transformer.h.': 'model.layers.', '.ln_1.': '.input_layernorm.',
               '.attn.out_proj.': '.self_attn.dense.', '.attn.': '.self_attn.', '.mlp.fc_in.': '.mlp.fc1.', '.mlp.fc_out.': '.mlp.fc2.'}
 
@@ -57,7 +57,7 @@ def _phi_state(model):
         if name.endswith(('q_proj.weight', 'k_proj.weight', 'v_proj.weight', 'dense.weight')): state[name.replace('weight', 'bias')] = w.new_zeros(len(w))
     return state
 
-# %% ../nbs/05a_convert.ipynb #31171f10
+# %% ../nbs/05a_convert.ipynb #57b814ac
 def to_phi(
     model,                          # A GPT-J or CodeGen model of transformers
     attn_implementation:str=None,   # Attention code of the Phi; None lets transformers choose
@@ -77,7 +77,7 @@ def _fill(model, state, what):
         if 'RotaryEmbedding' in type(m).__name__: model.set_submodule(name, type(m)(config=model.config))
     return model
 
-# %% ../nbs/05a_convert.ipynb #951a5da8
+# %% ../nbs/05a_convert.ipynb #80d56503
 def baichuan_config(
     config:dict,  # The config.json of a Baichuan checkpoint
 ): # A `LlamaConfig` of the same shape
@@ -97,7 +97,7 @@ def _llama_state(state, normalise):
         else: out[name] = torch.nn.functional.normalize(w.float()).to(w.dtype) if name == 'lm_head.weight' and normalise else w
     return out
 
-# %% ../nbs/05a_convert.ipynb #5a4e8864
+# %% ../nbs/05a_convert.ipynb #4e0527cc
 def _read_weights(folder):
     "All tensors of a checkpoint folder; pickles are opened as data only."
     from safetensors.torch import load_file
@@ -119,7 +119,7 @@ def load_baichuan(
     with torch.device('meta'): llama = LlamaForCausalLM._from_config(config, attn_implementation=attn_implementation)
     return _fill(llama, _llama_state(_read_weights(folder), n == 125_696 if normalise is None else normalise), 'baichuan').eval()
 
-# %% ../nbs/05a_convert.ipynb #ddbe4d63
+# %% ../nbs/05a_convert.ipynb #6339b406
 CONVERTED = {'gptj': (phi_config, to_phi), 'codegen': (phi_config, to_phi)}
 
 def converted_config(

@@ -6,8 +6,8 @@
 __all__ = ['TESTED', 'Reading', 'transformers_5', 'transformers_4', 'vllm', 'sglang', 'llama_cpp', 'Intended', 'intended',
            'findings', 'diagnose', 'readable', 'repair', 'doctor']
 
-# %% ../nbs/10a_doctor.ipynb #e67389f8
-import math, os, tempfile
+# %% ../nbs/10a_doctor.ipynb #648894ea
+import json, math, os, shlex, tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +22,7 @@ from .model import frequencies, load_config, rotary_modules
 from .plots import table
 from .rope_config import from_config, rope_entry, to_config, wide_layers
 
-# %% ../nbs/10a_doctor.ipynb #30875467
+# %% ../nbs/10a_doctor.ipynb #38354127
 def _kind(p): return p.get('rope_type') or p.get('type') or 'default'
 
 def _scheme(kind, p, factor, attention=None):
@@ -40,7 +40,7 @@ def _mscale(p, factor):
     one = lambda m: .1 * m * math.log(factor) + 1
     return one(p['mscale']) / one(p['mscale_all_dim']) if p.get('mscale') and p.get('mscale_all_dim') else None
 
-# %% ../nbs/10a_doctor.ipynb #e9450d8f
+# %% ../nbs/10a_doctor.ipynb #731d2a16
 @dataclass
 class Reading:
     "What an engine makes of a config."
@@ -55,10 +55,10 @@ def _reading(engine, compute, basis='source'):
     "A reading from a function that gives (frequencies, attention factor, length) or raises."
     try: return Reading(engine, *compute(), basis=basis)
     except PoseError as e: return Reading(engine, problem=str(e), basis=basis)
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, ZeroDivisionError) as e:
+    except Exception as e:          # whatever an engine would stumble over
         return Reading(engine, problem=f"stops with {type(e).__name__}: {' '.join(str(e).split())[:150]}.", basis=basis)
 
-# %% ../nbs/10a_doctor.ipynb #b7195d31
+# %% ../nbs/10a_doctor.ipynb #8e976331
 def transformers_5(
     folder,     # A checkpoint folder
     target:int, # Tokens of the input
@@ -74,7 +74,7 @@ def transformers_5(
         return frequencies(m)[0].double(), frequencies(m)[1], config.max_position_embeddings
     return _reading(f'transformers {__version__}', compute, 'run')
 
-# %% ../nbs/10a_doctor.ipynb #07050b8f
+# %% ../nbs/10a_doctor.ipynb #99fd8bd5
 _LENGTHS = ('llama3', 'yarn', 'longrope')
 TESTED = ('llama', 'mistral', 'qwen2', 'phi', 'gpt_neox')      # the rules below were read, and where possible tested, for these architectures
 def _neox(raw): return raw.get('model_type', '').startswith('gpt_neox')
@@ -94,8 +94,13 @@ def _share(raw, kinds={'phi': .5, 'persimmon': .5, 'stablelm': .25, 'glm': .5}):
 
 def _compute(scheme, d, theta, original, target): return scheme.at(target, original)(d, theta, original)
 
-# %% ../nbs/10a_doctor.ipynb #f6c1f957
-_SCALED_446 = ('cohere', 'falcon', 'gpt_neox', 'gpt_neox_japanese', 'granite', 'granitemoe', 'llama', 'nemotron', 'olmoe', 'persimmon', 'phi', 'qwen2', 'qwen2_moe', 'stablelm', 'starcoder2')
+# %% ../nbs/10a_doctor.ipynb #f34034ef
+_SCALED_446 = ('cohere', 'falcon', 'gpt_neox', 'gpt_neox_japanese', 'granite', 'granitemoe', 'llama', 'olmoe', 'persimmon', 'phi', 'qwen2', 'qwen2_moe', 'stablelm', 'starcoder2')
+
+def _accepted_4(kind, p):
+    "The config classes of some families in transformers 4 accept a `rope_scaling` of one form only."
+    if p and kind in ('phi3', 'phi4_multimodal'): check(set(p) == {'type', 'short_factor', 'long_factor'}, "stops with ValueError: rope_scaling must have three fields, type, short_factor and long_factor.")
+    if p and kind in ('olmo', 'olmo2', 'olmoe'): check(set(p) == {'type', 'factor'}, "stops with ValueError: rope_scaling must have two fields, type and factor.")
 
 def _longrope_4(p, M, top, old):
     "(entry, factor, original length, attention factor) of longrope in transformers 4."
@@ -116,7 +121,8 @@ def transformers_4(
     "What transformers 4.57.3 or 4.46.3 computes (`modeling_rope_utils.py`)."
     def compute():
         p, M, top, old = raw.get('rope_scaling') or {}, raw['max_position_embeddings'], raw.get('original_max_position_embeddings'), version == '4.46'
-        if old and raw.get('model_type') not in _SCALED_446: p = {}
+        if old and raw.get('model_type') not in _SCALED_446 or raw.get('model_type') == 'nemotron': p = {}
+        _accepted_4(raw.get('model_type'), p)
         kind = (p.get('type') or p.get('rope_type')) if p else 'default'
         check(kind, "stops with KeyError: rope_scaling without a type.")
         factor, a, L = p.get('factor'), p.get('attention_factor'), M
@@ -130,7 +136,7 @@ def transformers_4(
         return *_compute(_scheme(kind, p, factor, a), int(_head(raw) * _share(raw)), theta, L, target), M
     return _reading(f'transformers {version}', compute, 'source' if raw.get('model_type') in TESTED else 'unverified')
 
-# %% ../nbs/10a_doctor.ipynb #f683c001
+# %% ../nbs/10a_doctor.ipynb #df3f90bc
 def _own_scale(p, raw, long):
     "The attention factor of longrope in vLLM and SGLang: their own keys, or the ratio of lengths; `attention_factor` is not read."
     M, L = raw['max_position_embeddings'], p['original_max_position_embeddings']
@@ -161,7 +167,7 @@ def vllm(
         return *_compute(scheme, int(_head(raw) * share), p['rope_theta'], L, target), int(length)
     return _reading('vLLM 0.33', compute, 'source' if raw.get('model_type') in TESTED else 'unverified')
 
-# %% ../nbs/10a_doctor.ipynb #a1201952
+# %% ../nbs/10a_doctor.ipynb #f1e486f4
 _SGLANG_LENGTHS = ('max_sequence_length', 'seq_length', 'max_seq_len', 'model_max_length', 'max_position_embeddings')
 
 def sglang(
@@ -180,7 +186,7 @@ def sglang(
         return *_compute(scheme, int(_head(raw) * _share(raw)), p['rope_theta'], L, at), int(k * next(raw[n] for n in _SGLANG_LENGTHS if raw.get(n)))
     return _reading('SGLang 0.5.23', compute, 'source' if raw.get('model_type') in TESTED and not _neox(raw) else 'unverified')
 
-# %% ../nbs/10a_doctor.ipynb #712fd119
+# %% ../nbs/10a_doctor.ipynb #a809cf52
 _LLAMA_FAMILY = ('llama', 'mistral', 'mixtral', 'exaone')
 
 def llama_cpp(
@@ -201,7 +207,7 @@ def llama_cpp(
         return *_compute(scheme, int(_head(raw) * share), theta, L or M, target), M
     return _reading('llama.cpp', compute, 'source' if raw.get('model_type') in TESTED else 'unverified')
 
-# %% ../nbs/10a_doctor.ipynb #14975829
+# %% ../nbs/10a_doctor.ipynb #93427232
 @dataclass
 class Intended:
     "The rotation that the weights were trained for."
@@ -234,16 +240,19 @@ def intended(
     dim = record.get('dim') or 2 * frequencies(next(iter(rotary_modules(skeleton(_plain(raw))).values())))[0].numel()
     p, claimed = _form_5(raw), _whole(raw.get('max_position_embeddings'))
     if not record and _kind(p) == 'dynamic' and claimed: claimed = int(claimed * p.get('factor', 1))      # dynamic keeps the original length there
-    target = target or _whole(record.get('length')) or claimed
+    for what, n in dict(target=target, original=original).items(): check(n is None or n >= 1, f"{what} is {n}; give a whole number of tokens, at least 1.")
+    if target is None: target = _whole(record.get('length')) or claimed
     check(target is None or target <= 2**24, f"a target of {target} tokens is beyond 2**24, where positions are no longer exact in float32; pass a smaller --target.")
     check(target, "the length that the model should reach is unknown; pass it with --target.")
     if scaling:
-        original = original or record.get('original') or _named_original(raw)
+        if original is None: original = record.get('original') or _named_original(raw)
         check(original, "the original length is unknown; pass it, in tokens, with --original (the model card gives it).")
-        base = base or record.get('base') or raw.get('original_rope_theta')
-        check(base or scaling not in ('ntk', 'abf'), f"for {scaling} the base before it was raised has to be known, and the config holds only the present one; pass it with --base.")
-        base = base or p['rope_theta']
-        return Intended(get_scaling(scaling, factor or max(1., target / original), **(scaling_kwargs or {})), base, original, dim, target, 'you')
+        if base is None: base = record.get('base') or raw.get('original_rope_theta')
+        check(base is not None or scaling not in ('ntk', 'abf'), f"for {scaling} the base before it was raised has to be known, and the config holds only the present one; pass it with --base.")
+        if base is None: base = p['rope_theta']
+        scheme = get_scaling(scaling, max(1., target / original) if factor is None else factor, **(scaling_kwargs or {}))
+        scheme.rope_parameters(dim, base, original, target)              # refuses a target that it does not reach
+        return Intended(scheme, base, original, dim, target, 'you')
     if record and original is None:
         ns = SimpleNamespace(model_type=raw.get('model_type'), rope_parameters=record['rope_parameters'], max_position_embeddings=target, original_max_position_embeddings=record['original'], original_rope_theta=record.get('base'))
         if _kind(rope_entry(ns)) == 'dynamic': ns.max_position_embeddings = record['original']
@@ -280,7 +289,7 @@ def _plain(raw):
     try: return CONFIG_MAPPING[kind].from_dict(keep | dict(max_position_embeddings=length) | (dict(partial_rotary_factor=share) if share else {}))
     except Exception as e: raise PoseError(f"transformers cannot make a {kind} of this config.json ({' '.join(str(e.__cause__ or e).split())[:150]}); restore it.") from None
 
-# %% ../nbs/10a_doctor.ipynb #72abf28b
+# %% ../nbs/10a_doctor.ipynb #00afdcc5
 def findings(
     raw:dict,  # A config.json
 )->list: # Sentences
@@ -291,7 +300,7 @@ def findings(
     kind, f, top, inside = p['rope_type'], p.get('factor'), raw.get('original_max_position_embeddings'), (p4 or p5).get('original_max_position_embeddings')
     L, number = top or inside, isinstance(f, (int, float))
     other = [k for k in dict.fromkeys(_VLLM_LENGTHS + _SGLANG_LENGTHS) if k != 'max_position_embeddings' and raw.get(k) not in (None, M)]
-    beyond = number and L and kind in ('linear', 'yarn') and _whole(M) and M > f * L * 1.001
+    beyond = number and f > 0 and L and kind in ('linear', 'yarn') and _whole(M) and M > f * L * 1.001
     differ = p4 and p5 and any(p4.get(k) != v for k, v in p5.items() if k not in ('rope_theta', 'partial_rotary_factor'))
     pairs = [
         (isinstance(M, float), f"max_position_embeddings is {M}, not a whole number; some engines stop at that."),
@@ -311,7 +320,7 @@ def findings(
         (other, f"{', '.join(other)} claims another length than max_position_embeddings; vLLM takes the smallest, SGLang the first it finds.")]
     return [sentence for bad, sentence in pairs if bad]
 
-# %% ../nbs/10a_doctor.ipynb #8d15fd79
+# %% ../nbs/10a_doctor.ipynb #68b58623
 def _judge(r:Reading, want:Intended):
     "One row: how far a reading is from what was intended."
     row = dict(engine=r.engine, basis=r.basis, phase_error=None, attention_ratio=None, length=r.length)
@@ -319,6 +328,7 @@ def _judge(r:Reading, want:Intended):
     f, a = want.scaling.at(want.target, want.original)(want.dim, want.base, want.original)
     if len(f) != len(r.inv_freq): return row | dict(verdict='wrong', what=f'rotates {2 * len(r.inv_freq)} channels instead of {want.dim}')
     off = (r.inv_freq - f).abs()
+    if not bool(torch.isfinite(off).all()) or not math.isfinite(r.attention): return row | dict(verdict='wrong', what='frequencies or attention factor are not finite numbers')
     row |= dict(phase_error=float(off.max() * (want.target - 1)), attention_ratio=r.attention / a)
     if (off / f).max() > 1e-5: return row | dict(verdict='wrong', what=f'{int((off / f > 1e-5).sum())} of {len(f)} pairs turn at another speed')
     if abs(r.attention / a - 1) > 1e-5: return row | dict(verdict='wrong', what=f'attention factor {r.attention:.4g} instead of {a:.4g}')
@@ -326,7 +336,7 @@ def _judge(r:Reading, want:Intended):
     if r.length > want.target: return row | dict(verdict='same', what=f'limit it to {want.target}, it would allow more')
     return row | dict(verdict='same', what='')
 
-# %% ../nbs/10a_doctor.ipynb #55b2be0e
+# %% ../nbs/10a_doctor.ipynb #4f8787fc
 def diagnose(
     folder,          # A checkpoint folder
     want:Intended,   # What the weights were trained for
@@ -341,7 +351,7 @@ def diagnose(
         readings += [transformers_4(raw, want.target, '4.57'), transformers_4(raw, want.target, '4.46'), vllm(raw, want.target, hf), sglang(raw, want.target), llama_cpp(raw, want.target)]
     return [_judge(r, want) for r in readings]
 
-# %% ../nbs/10a_doctor.ipynb #2d81c21b
+# %% ../nbs/10a_doctor.ipynb #522bacad
 def readable(
     rows:list,  # From `diagnose`
 )->list: # The same with short numbers
@@ -349,7 +359,7 @@ def readable(
     short = lambda x: '-' if x is None else f'{x:.3g}'
     return [r | dict(phase_error=short(r['phase_error']), attention_ratio=short(r['attention_ratio']), length=r['length'] or '-') for r in rows]
 
-# %% ../nbs/10a_doctor.ipynb #99c186fc
+# %% ../nbs/10a_doctor.ipynb #09786049
 def repair(
     folder,          # A checkpoint folder
     want:Intended,   # What the weights were trained for
@@ -374,7 +384,7 @@ def repair(
     if record: write_record(folder, dict(rope=record | dict(original=want.original, length=want.target, base=want.base, scaling=want.scaling.name, rope_parameters=new['rope_parameters'])))
     return backup
 
-# %% ../nbs/10a_doctor.ipynb #55c766f2
+# %% ../nbs/10a_doctor.ipynb #036a4af9
 _FLAG = {'vLLM': '--max-model-len', 'SGLang': '--context-length', 'llama.cpp': '-c'}
 
 def _if_repaired(folder, want):
@@ -394,7 +404,7 @@ def _fix(row, better, want, command):
     flag = next((f for e, f in _FLAG.items() if row['engine'].startswith(e)), '')
     return f'{flag} {want.target}' if flag and row['length'] != want.target else ''
 
-# %% ../nbs/10a_doctor.ipynb #8ac5a59d
+# %% ../nbs/10a_doctor.ipynb #45b37637
 def doctor(
     folder,                   # A checkpoint folder made by anyone
     target:int=None,          # Length it should reach, in tokens; None: what its record or config claims
@@ -409,10 +419,13 @@ def doctor(
     folder = Path(str(folder)).expanduser()
     check((folder/'config.json').is_file(), f"{folder} holds no config.json; pass the folder of a checkpoint.")
     check(scaling or not (factor or scaling_kwargs or base), "a factor, base or fields without a scheme say nothing; add --scaling.")
-    want = intended(folder, target, scaling, factor, original, scaling_kwargs, base)
+    try: want = intended(folder, target, scaling, factor, original, scaling_kwargs, base)
+    except (ArithmeticError, TypeError, KeyError, AttributeError, RuntimeError) as e: raise PoseError(f"{folder}/config.json holds a value that makes no sense ({type(e).__name__}: {e}); restore it.") from None
     backup = repair(folder, want) if fix else None
     options = dict(target=target, scaling=scaling, factor=factor, original=original, base=base)
-    command = ' '.join([f'pose_nb doctor {folder}'] + [f'--{k} {v}' for k, v in options.items() if v is not None] + ["--scaling-kwargs '...'"] * bool(scaling_kwargs) + ['--fix'])
+    if scaling_kwargs: options['scaling-kwargs'] = json.dumps(scaling_kwargs)
+    words = [w for k, v in options.items() if v is not None for w in (f'--{k}', str(v))]
+    command = shlex.join(['pose_nb', 'doctor', str(folder), *words, '--fix'])
     rows = [r | dict(fix=_fix(r, b, want, command)) for r, b in zip(diagnose(folder, want), _if_repaired(folder, want))]
     notes = findings(read_json(folder/'config.json'))
     if want.said_by == 'config.json' and want.scaling.name == 'yarn':

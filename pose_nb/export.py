@@ -16,7 +16,7 @@ from .common import PoseError, check, environment, read_json, write_atomic, writ
 from .model import frequencies, load_config, load_model, load_tokenizer, rope_info, rotary_modules, set_scaling
 from .rope_config import from_config
 
-# %% ../nbs/10_export.ipynb #84609245
+# %% ../nbs/10_export.ipynb #0435d29e
 def older_keys(
     config:dict,  # A config.json of transformers 5
 )->dict: # Keys to add
@@ -30,7 +30,7 @@ def older_keys(
     if config.get('dtype'): out['torch_dtype'] = config['dtype']
     return out
 
-# %% ../nbs/10_export.ipynb #63d63308
+# %% ../nbs/10_export.ipynb #394b9e57
 def add_older_keys(
     folder:str|Path,  # A checkpoint that transformers 5 has written
 )->None:
@@ -135,7 +135,7 @@ def claim_folder(
     check(resume or not used, f"{out} already holds files; choose a new or empty --output-dir.")
     return out
 
-# %% ../nbs/10_export.ipynb #b84bd03f
+# %% ../nbs/10_export.ipynb #1087dc97
 def skeleton(
     config,  # A transformers config
 ): # A model on the meta device
@@ -162,21 +162,40 @@ def _take(source, target, copy):
     except OSError: pass
     shutil.copyfile(source, target)
 
-# %% ../nbs/10_export.ipynb #cda532a6
+# %% ../nbs/10_export.ipynb #501ec42b
 _NOT_TAKEN = ('config.json', 'pose_nb.json', 'README.md', 'train_log.jsonl', 'loss.svg')
 
 def _files(folder):
     "The files of a checkpoint, without those that describe another run."
     for p in sorted(folder.rglob('*')):
         parts = p.relative_to(folder).parts
-        if p.is_file() and parts[0] not in ('eval', 'data') and not any(x.startswith(('.', 'checkpoint-')) for x in parts) and p.name not in _NOT_TAKEN: yield p
+        if parts[0] in ('eval', 'data') or any(x.startswith(('.', 'checkpoint-')) for x in parts) or (len(parts) == 1 and p.name in _NOT_TAKEN): continue
+        check(p.exists(), f"{p} is a link to a file that is not there; copy or download the checkpoint again.")
+        if p.is_file(): yield p
+
+def _check_weights(folder):
+    "Refuse a checkpoint whose weights are missing or cut off; only headers are read."
+    from safetensors import safe_open
+    weights = [p for p in folder.iterdir() if p.suffix in ('.safetensors', '.bin') and p.is_file()]
+    check(weights, f"{folder} holds no weights; copy or download the checkpoint again.")
+    for index in folder.glob('*.index.json'):
+        lost = sorted({f for f in read_json(index)['weight_map'].values() if not (folder/f).exists()})
+        check(not lost, f"{folder} lacks {len(lost)} of the weight files that {index.name} names (the first is {lost[:1]}); copy or download it again.")
+    for p in weights:
+        if p.suffix != '.safetensors': continue
+        try:
+            with safe_open(p, 'pt'): pass
+        except Exception as e: raise PoseError(f"the weights in {p} are damaged ({e}); copy or download the checkpoint again.") from None
 
 def _link_under(source, out, net, copy):
     "The files of `source`, with the config of `net`."
     for p in _files(source): _take(p, out/p.relative_to(source), copy)
     net.config.save_pretrained(out)
     t = out/'tokenizer_config.json'
-    if t.exists(): write_json(t, read_json(t) | dict(model_max_length=rope_info(net).length))
+    if t.exists():
+        c = read_json(source/t.name)
+        check(isinstance(c, dict), f"{source/t.name} is not the config of a tokenizer; restore it or remove it.")
+        write_json(t, c | dict(model_max_length=rope_info(net).length))
     add_older_keys(out)
     _same_rotation(out, net)
 
@@ -192,7 +211,9 @@ def patch_checkpoint(
     "Write a checkpoint with another rotation and the same weights. Raises `PoseError` if the scheme does not fit, and leaves nothing behind."
     config, source = load_config(model, trust_remote_code), _local(model)
     _, _, original = from_config(config, original)        # from the file itself; a built model may have filled in a length
-    dtype, out = config.dtype, claim_folder(output_dir)
+    _check_weights(source)
+    dtype, new = config.dtype, not Path(output_dir).exists()
+    out = claim_folder(output_dir)
     try:
         if read_json(source/'config.json').get('model_type') == config.model_type:
             net = set_scaling(skeleton(config), scaling, target, original)
@@ -204,7 +225,8 @@ def patch_checkpoint(
         write_record(out, dict(status='done', rope=_rope_record(net), plan=dict(model=str(model), method='patch', scaling=scaling.name, target=target)))
         return out
     except BaseException:
-        shutil.rmtree(out, ignore_errors=True)
+        for p in out.iterdir(): shutil.rmtree(p) if p.is_dir() else p.unlink()      # it was empty before
+        if new: out.rmdir()
         raise
 
 def _same_rotation(folder, model):

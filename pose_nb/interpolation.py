@@ -21,7 +21,8 @@ from .rope import inv_freq
 # %% ../nbs/01_interpolation.ipynb #356c32fe
 def _real(x, name, low, above=False):
     "`x` as a float that is at least `low` (or above it)."
-    ok = isinstance(x, Real) and not isinstance(x, bool) and math.isfinite(x) and (x > low if above else x >= low)
+    try: ok = isinstance(x, Real) and not isinstance(x, bool) and math.isfinite(x) and (x > low if above else x >= low)
+    except OverflowError: ok = False            # a whole number beyond what a float can hold
     check(ok, f"{name} is {x!r}; give a number {'above' if above else 'of at least'} {low}.")
     return float(x)
 
@@ -151,6 +152,12 @@ class _Turning(Scaling):
         for n in ('beta_fast', 'beta_slow'): object.__setattr__(self, n, _real(getattr(self, n), n, 0, above=True))
         check(self.beta_fast > self.beta_slow, f"beta_fast {self.beta_fast:g} is not above beta_slow {self.beta_slow:g}; the defaults are 32 and 1.")
 
+def _attention_factor(a):
+    "An attention factor as a float; it acts squared on the scores, so a hundred is already far beyond sense."
+    a = _real(a, 'attention_factor', 0, above=True)
+    check(a <= 100, f"attention_factor is {a:g}; it must be at most 100.")
+    return a
+
 @dataclass(frozen=True)
 class _Ramped(_Turning):
     "What the two YaRN schemes share: the ramp over pairs and the attention factor."
@@ -159,8 +166,9 @@ class _Ramped(_Turning):
 
     def __post_init__(self):
         super().__post_init__()
+        check(isinstance(self.truncate, bool), f"truncate is {self.truncate!r}; it must be true or false.")
         if self.attention_factor is None: return
-        a = _real(self.attention_factor, 'attention_factor', 0, above=True)
+        a = _attention_factor(self.attention_factor)
         object.__setattr__(self, 'attention_factor', None if math.isclose(a, self._default_attention(), rel_tol=1e-12) else a)
 
     def _default_attention(self): return 0.1 * math.log(self.factor) + 1
@@ -181,7 +189,7 @@ class YaRN(_Ramped):
         changed = {n: getattr(self, n) for n, usual in (('beta_fast', 32), ('beta_slow', 1), ('attention_factor', None), ('truncate', True)) if getattr(self, n) != usual}
         return {'rope_type': 'yarn', 'factor': self.factor, 'original_max_position_embeddings': original, **changed}
 
-# %% ../nbs/01_interpolation.ipynb #274f7129
+# %% ../nbs/01_interpolation.ipynb #43a07462
 @dataclass(frozen=True)
 class NTKByParts(_Turning):
     "NTK-by-parts: blend the frequencies by the number of turns; no attention factor (YaRN, arXiv 2309.00071, equations 17 and 18)."
@@ -212,7 +220,7 @@ class YaRNRevised(_Ramped):
 
     def _saved(self, dim, base, original): return _as_longrope(self, self.ratio(dim, base, original), original)
 
-# %% ../nbs/01_interpolation.ipynb #a128e44c
+# %% ../nbs/01_interpolation.ipynb #e5c63b02
 @dataclass(frozen=True)
 class Llama3(Scaling):
     "Llama-3.1 scaling: NTK-by-parts between `low_freq_factor` and `high_freq_factor` turns (transformers `llama3`)."
@@ -230,7 +238,7 @@ class Llama3(Scaling):
     def _saved(self, dim, base, original):
         return {'rope_type': 'llama3', 'factor': self.factor, 'low_freq_factor': self.low_freq_factor, 'high_freq_factor': self.high_freq_factor, 'original_max_position_embeddings': original}
 
-# %% ../nbs/01_interpolation.ipynb #328e9b1a
+# %% ../nbs/01_interpolation.ipynb #d4c31ada
 def _ratios(x, name):
     "A list of ratios as a tuple of floats above 0."
     check(isinstance(x, (list, tuple)) and len(x), f"{name} is {x!r}; give a list with one ratio for each rotary pair.")
@@ -248,7 +256,7 @@ class LongRoPE(Scaling):
         super().__post_init__()
         object.__setattr__(self, 'long_factor', _ratios(self.long_factor, 'long_factor'))
         if self.short_factor is not None: object.__setattr__(self, 'short_factor', _ratios(self.short_factor, 'short_factor'))
-        if self.attention_factor is not None: object.__setattr__(self, 'attention_factor', _real(self.attention_factor, 'attention_factor', 0, above=True))
+        if self.attention_factor is not None: object.__setattr__(self, 'attention_factor', _attention_factor(self.attention_factor))
 
     def _list(self, which, dim):
         if self.short_factor is None: which = 'long_factor'
@@ -259,10 +267,11 @@ class LongRoPE(Scaling):
     def ratio(self, dim, base, original): return self._list('short_factor', dim)
     def _attention(self, original):
         if self.attention_factor is not None: return self.attention_factor
-        return math.sqrt(1 + math.log(self.factor) / math.log(_tokens(original, 'original')))
+        check(_tokens(original, 'original') > 1, "LongRoPE's attention factor needs an original length of more than 1 token; give attention_factor, or the true length.")
+        return math.sqrt(1 + math.log(self.factor) / math.log(original))
     def _saved(self, dim, base, original): return _as_longrope(self, self._list('short_factor', dim), original, self._list('long_factor', dim))
 
-# %% ../nbs/01_interpolation.ipynb #a65a98d0
+# %% ../nbs/01_interpolation.ipynb #14aba3d0
 @patch
 def at(
     self:Scaling,
@@ -284,7 +293,7 @@ class DynamicNTK(Scaling):
     def ratio(self, dim, base, original): return self.at(original, original).ratio(dim, base, original)
     def _saved(self, dim, base, original): return {'rope_type': 'dynamic', 'factor': self.factor}
 
-# %% ../nbs/01_interpolation.ipynb #c7e5449a
+# %% ../nbs/01_interpolation.ipynb #52278e43
 @patch
 def at(
     self:LongRoPE,
@@ -295,7 +304,7 @@ def at(
     values = self.long_factor if length > original else self.short_factor or self.long_factor
     return LongRoPE(self.factor, values, attention_factor=self._attention(original))
 
-# %% ../nbs/01_interpolation.ipynb #0f482c1b
+# %% ../nbs/01_interpolation.ipynb #47da8020
 @dataclass(frozen=True)
 class ABF(Scaling):
     "Adjusted base frequency: a larger RoPE base, chosen by hand (Xiong et al., arXiv 2309.16039)."
@@ -313,14 +322,14 @@ class ABF(Scaling):
     def _reach(self, original): return math.inf      # a base promises no length
     def _saved(self, dim, base, original): return {'rope_theta': self.rope_theta}
 
-# %% ../nbs/01_interpolation.ipynb #a14af9d8
+# %% ../nbs/01_interpolation.ipynb #4520240e
 SCALINGS = {c.name: c for c in (NoScaling, Linear, NTK, NTKByParts, YaRN, YaRNRevised, Llama3, LongRoPE, DynamicNTK, ABF)}
 
-# %% ../nbs/01_interpolation.ipynb #e0f30ecd
+# %% ../nbs/01_interpolation.ipynb #eaedbf8e
 def get_scaling(
     name:str,        # "none", "linear", "ntk", "ntk_by_parts", "yarn", "yarn_revised", "llama3", "longrope", "dynamic" or "abf"
     factor:float,    # How many times longer the context becomes; at least 1. "none" checks it and keeps every frequency
-    **options,       # Other fields of that scheme: `beta_fast`, `beta_slow`, `attention_factor`, `long_factor`, `rope_theta`, ...
+    /, **options,       # Other fields of that scheme: `beta_fast`, `beta_slow`, `attention_factor`, `long_factor`, `rope_theta`, ...
 )->Scaling: # The scheme
     "A scheme by name. Raises `PoseError` for an unknown name, a factor below 1 or an option the scheme does not have."
     cls = choose(name, SCALINGS, 'scaling')

@@ -49,7 +49,7 @@ def load_config(
     check(path.is_dir() or not (path.is_absolute() or str(name_or_path).startswith(('.', '~')) or str(name_or_path).count('/') > 1), f"there is no checkpoint folder '{name_or_path}'; check the path, or pass the id of a model on the hub.")
     if is_baichuan(path): return baichuan_config(read_json(path/'config.json'))
     try: config = converted_config(AutoConfig.from_pretrained(str(name_or_path), trust_remote_code=trust_remote_code))
-    except (OSError, ValueError, KeyError, StrictDataclassError) as e:
+    except Exception as e:
         raise PoseError(f"'{name_or_path}' is not a checkpoint that can be loaded ({_first_line(e)}); pass a folder with a config.json or the id of a model on the hub.") from None
     check(getattr(config, 'rope_parameters', None), f"'{name_or_path}' ({config.model_type}) has no rotary position embedding (RoPE), so there are no frequencies to extend; choose a RoPE model such as Llama, Mistral or Qwen2.")
     check(not refusal(config.model_type), f"'{name_or_path}' cannot be extended: {refusal(config.model_type)}.")

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['LONGROPE_ONLY', 'wide_layers', 'rope_entry', 'rotary_dim', 'to_config', 'from_config']
 
-# %% ../nbs/01b_config.ipynb #b7f7cfed
+# %% ../nbs/01b_config.ipynb #dcb2d933
 import copy, math
 
 from .common import PoseError, check
-from .interpolation import DynamicNTK, Linear, Llama3, LongRoPE, NoScaling, NTK, NTKByParts, YaRN, YaRNRevised, _as_longrope, _real, _tokens
+from .interpolation import ABF, DynamicNTK, Linear, Llama3, LongRoPE, NoScaling, NTK, NTKByParts, YaRN, YaRNRevised, _as_longrope, _real, _tokens
 
-# %% ../nbs/01b_config.ipynb #afc61248
+# %% ../nbs/01b_config.ipynb #3c336be7
 def wide_layers(
     config,  # A transformers config
 )->str: # A key of `rope_parameters`, or '' if there is one entry for all layers
@@ -38,7 +38,7 @@ def rotary_dim(
     share = rope_entry(config).get('partial_rotary_factor') or getattr(config, 'partial_rotary_factor', None) or 1.
     return int(head * share)
 
-# %% ../nbs/01b_config.ipynb #ef03dbfa
+# %% ../nbs/01b_config.ipynb #05f724c9
 LONGROPE_ONLY = ('phi3', 'phi4_multimodal', 'phimoe')
 
 def _entry(config, scaling, dim, base, original, target, share):
@@ -69,11 +69,15 @@ def to_config(
     if new['rope_theta'] != base: config.original_rope_theta = float(base)
     return config
 
-# %% ../nbs/01b_config.ipynb #e780fcd0
+# %% ../nbs/01b_config.ipynb #5c9531c4
 def _read_default(config, rp, factor, dim, base, original):
     before = getattr(config, 'original_rope_theta', None)
-    if before is None or before >= base: return NoScaling(), base
-    return NTK(float(f'{(base / before) ** ((dim - 2) / dim):.12g}')), float(before)     # 12 digits: without the rounding of the powers
+    if before is None: return NoScaling(), base
+    before = _real(before, 'original_rope_theta', 1, above=True)
+    if before >= base: return NoScaling(), base
+    ntk = NTK(float(f'{(base / before) ** ((dim - 2) / dim):.12g}'))                     # 12 digits: without the rounding of the powers
+    same = math.isclose(ntk._saved(dim, before, original)['rope_theta'], base, rel_tol=1e-14)
+    return ntk if same else ABF(max(factor, 1.), base), before
 
 def _read_yarn(config, rp, factor, dim, base, original):
     check(not (rp.get('mscale') and rp.get('mscale_all_dim')), "this yarn config uses mscale and mscale_all_dim (DeepSeek), which also scale the softmax of that model and cannot be represented here; start from a model without them.")
@@ -100,7 +104,7 @@ _READ = {'default': _read_default, 'yarn': _read_yarn, 'longrope': _read_longrop
          'dynamic': lambda config, rp, factor, dim, base, original: (DynamicNTK(factor), base),
          'llama3': lambda config, rp, factor, dim, base, original: (Llama3(factor, rp['low_freq_factor'], rp['high_freq_factor']), base)}
 
-# %% ../nbs/01b_config.ipynb #de860aac
+# %% ../nbs/01b_config.ipynb #1d24cc8d
 def from_config(
     config,             # A transformers config
     original:int=None,  # Original length in tokens, for a config that does not record it
@@ -109,7 +113,7 @@ def from_config(
     "Read scheme, base and original length from a config. Raises `PoseError`, with the reason, for what cannot be represented or contradicts itself."
     rp = rope_entry(config)
     kind, base, dim = rp.get('rope_type', 'default'), _real(rp.get('rope_theta'), 'rope_theta', 1, above=True), dim or rotary_dim(config)
-    check(kind in _READ, f"cannot read rope_type '{kind}', only {', '.join(_READ)}; start from a model without it.")
+    check(isinstance(kind, str) and kind in _READ, f"cannot read rope_type '{kind}', only {', '.join(_READ)}; start from a model without it.")
     longest = _tokens(getattr(config, 'max_position_embeddings', None), 'maximum')
     original = _original_length(config, rp, kind, longest, original)
     scaling, base = _READ[kind](config, rp, rp.get('factor') or longest / original, dim, base, original)
@@ -120,6 +124,7 @@ def from_config(
 def _original_length(config, rp, kind, longest, given):
     "The original length: recorded, or given, or (where nothing is stretched) the claimed one."
     recorded = getattr(config, 'original_max_position_embeddings', None) or rp.get('original_max_position_embeddings')      # the order of transformers 5
+    if recorded is not None: recorded = _tokens(recorded, 'recorded original')
     if given and recorded == longest and 'original_max_position_embeddings' in rp: recorded = given                        # transformers fills in the claimed length where there is none
     if kind == 'dynamic': recorded = longest                                           # by its definition
     if kind == 'default': recorded = min(recorded or longest, longest) if recorded or given is None else None

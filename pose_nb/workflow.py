@@ -26,7 +26,7 @@ from .rope_config import from_config, rotary_dim
 from .model import cast_weights, check_attention, check_exact, check_sliding_window, default_base, load_config, load_model, load_tokenizer, rope_info, set_scaling
 from .perplexity import perplexity
 from .plots import length_plot, plt, table, use_style
-from .positions import SAMPLERS, get_sampler
+from .samplers import SAMPLERS, get_sampler
 from .practice import CopyDocuments, PasskeyDocuments
 from .retrieval import passkey
 from .train import TrainSettings, _latest, check_resume, plot_loss, read_log, train
@@ -40,10 +40,11 @@ def plan_extension(
     factor:float=None,            # Factor of the interpolation, at least target / original; None: exactly that
     scaling_kwargs:dict=None,     # Further fields of the interpolation, such as {"beta_fast": 16}, or {"long_factor": [...]} for longrope
     original:int=None,            # Window the model was first trained on, in tokens; None: what its config records
-    sampler:str='pose',           # Positions: pose, contiguous, randpos, full
+    sampler:str='pose',           # Positions: pose, contiguous, randpos, full, cream, pose_early
     chunks:int=2,                 # PoSE: pieces the window is cut into, in [1, window]
     content:str='uniform',        # PoSE: where the text of later pieces comes from: uniform, contiguous, aligned
     first_chunk:str='paper',      # PoSE: how long the first piece is: paper, code
+    sampler_kwargs:dict=None,     # Fields of other samplers, such as {"sigma": 2.5} for cream
     trust_remote_code:bool=False, # Run code that comes with the checkpoint
 )->dict: # Plain values, written to `pose_nb.json`
     "Say what an extension will do. Raises `PoseError` if it cannot be done."
@@ -58,6 +59,7 @@ def plan_extension(
     if scaling_kwargs: plan['scaling_kwargs'] = scaling_kwargs
     if found.name != 'none': warnings.warn(f"this checkpoint was extended before, by {found.name} with factor {found.factor:g}; the new factor {plan['factor']:g} is relative to its original {original:,} tokens and replaces the old one.")
     if sampler == 'pose': plan |= dict(chunks=chunks, content=content, first_chunk=first_chunk)
+    if sampler_kwargs: plan['sampler_kwargs'] = sampler_kwargs
     make_sampler(plan); make_scaling(plan).rope_parameters(rotary_dim(config), base, original, max(target, original))
     check_sliding_window(config, target)
     return plan
@@ -75,7 +77,7 @@ def make_sampler(
     plan:dict,  # From `plan_extension`
 ): # The position sampler of a plan
     "Build the sampler that a plan names."
-    return get_sampler(plan['sampler'], plan['window'], plan['target'], **{k: plan[k] for k in ('chunks', 'content', 'first_chunk') if k in plan})
+    return get_sampler(plan['sampler'], plan['window'], plan['target'], **{k: plan[k] for k in ('chunks', 'content', 'first_chunk') if k in plan}, **plan.get('sampler_kwargs', {}))
 
 # %% ../nbs/10b_workflow.ipynb #5b8b99f8
 def bos_id(
@@ -144,10 +146,11 @@ def extend(
     factor:float=None,              # Factor of the interpolation, at least target / original; None: exactly that
     scaling_kwargs:dict=None,       # Further fields of the interpolation, such as {"beta_fast": 16}, or {"long_factor": [...]} for longrope
     original:int=None,              # Window the model was first trained on, in tokens; None: what its config records
-    sampler:str='pose',             # Positions: pose, contiguous, randpos, full
+    sampler:str='pose',             # Positions: pose, contiguous, randpos, full, cream, pose_early
     chunks:int=2,                   # PoSE: pieces the window is cut into
     content:str='uniform',          # PoSE: text of later pieces: uniform, contiguous, aligned
     first_chunk:str='paper',        # PoSE: length of the first piece: paper, code
+    sampler_kwargs:dict=None,       # Fields of other samplers, such as {"sigma": 2.5} for cream
     text_field:str='text',          # Field with the text in structured data
     bos:bool=None,                  # Start windows with BOS: True, False, or None for what the tokenizer does
     passkey_share:float=0.,         # Share of generated passkey documents, in [0, 1)
@@ -164,7 +167,7 @@ def extend(
     if not progress: disable_progress_bar()
     check(int(os.environ.get('WORLD_SIZE', 1)) == 1, "extend runs in one process so far; start it without accelerate launch or torchrun.")
     check_attention(attn_implementation)
-    plan = plan_extension(model, target, window, scaling, factor, scaling_kwargs, original, sampler, chunks, content, first_chunk, trust_remote_code)
+    plan = plan_extension(model, target, window, scaling, factor, scaling_kwargs, original, sampler, chunks, content, first_chunk, sampler_kwargs, trust_remote_code)
     plan |= dict(data=str(data), text_field=text_field, passkey_share=passkey_share, copy_share=copy_share, keep_seam=keep_seam)
     tokenizer = load_tokenizer(model, trust_remote_code)
     plan['bos'] = start_id = bos_id(tokenizer, bos)
@@ -353,15 +356,16 @@ def coverage_report(
     *,
     window:int,                 # Training window, in tokens
     target:int,                 # Context length to reach, in tokens
-    sampler:str='pose',         # Positions: pose, contiguous, randpos, full
+    sampler:str='pose',         # Positions: pose, contiguous, randpos, full, cream, pose_early
     chunks:int=2,               # PoSE: pieces the window is cut into
     first_chunk:str='paper',    # PoSE: how long the first piece is: paper, code
+    sampler_kwargs:dict=None,   # Fields of other samplers, such as {"sigma": 2.5} for cream
     examples:int=64_000,        # Training windows of the run (steps x batch), for "how many distances are never met"
     seed:int=0,                 # Seed where the answer is estimated
     plot:str=None,              # File for a figure (.svg, .png or .pdf)
 )->dict: # Plain values and a text
     "Which relative distances training meets. Raises `PoseError` for sizes that cannot be."
-    options = dict(chunks=chunks, first_chunk=first_chunk) if sampler == 'pose' else {}
+    options = (dict(chunks=chunks, first_chunk=first_chunk) if sampler == 'pose' else {}) | (sampler_kwargs or {})
     check(examples >= 1, f"examples is {examples}; it must be at least 1.")
     c = coverage(get_sampler(sampler, window, target, **options), seed=seed)
     p, probe = c.probability, sorted({1, window // 2, window - 1, window, target // 2, target - 2, target - 1})

@@ -147,3 +147,43 @@ def test_other_bad_requests(cli, tmp_path):
     for words, says in ((['--scaling', 'yarn', '--target', str(2**40), '--original', '256'], '2**24'), (['--scaling', 'yarn', '--scaling-kwargs', '{"factor": 2}', '--original', '256', '--target', '512'], '--factor'), (['--factor', '2'], 'add --scaling'), (['--scaling', 'yarm'], 'choose one of')):
         r = cli('doctor', folder, *words)
         assert r.code == 2 and says in r.err, r.err
+
+
+def test_families_that_older_transformers_refuse_or_ignore():
+    "Seen with transformers 4.57.3: Phi-3 and OLMo 2 accept one form of rope_scaling only, Nemotron reads none."
+    from pose_nb.doctor import transformers_4
+    yarn = dict(rope_type='yarn', factor=8., original_max_position_embeddings=64)
+    for kind in ('phi3', 'olmo2'): assert 'ValueError' in transformers_4(RAW | dict(model_type=kind, rope_scaling=yarn), 512).problem
+    assert torch.equal(transformers_4(RAW | dict(model_type='nemotron', rope_scaling=yarn, partial_rotary_factor=1.), 512).inv_freq, NoScaling()(32, 1e4, 512)[0])
+
+
+@pytest.mark.parametrize('words,says', [
+    (['--target', '0'], 'at least 1'), (['--scaling', 'yarn', '--factor', '0'], 'at least 1'), (['--scaling', 'yarn', '--base', '0'], 'base'), (['--scaling', 'yarn', '--original', '4096'], 'shorter than the original'),
+    (['--scaling', 'yarn', '--factor', '2'], 'reaches 512 of 2,048'), (['--target', '32', '--scaling', 'yarn'], 'shorter'), (['--original', '0'], 'at least 1'), (['--scaling', 'yarn', '--scaling-kwargs', '{"name": "x"}'], "no option 'name'"),
+])
+def test_numbers_that_make_no_sense_are_not_bent(words, says, cli, tmp_path):
+    out = patch_checkpoint(default_base(), YaRN(8.), 2048, tmp_path/'m')
+    r = cli('doctor', out, *words)
+    assert r.code == 2 and says in r.err and len(r.err.strip().splitlines()) == 1, r.err
+
+
+@pytest.mark.parametrize('changes', [
+    dict(original_rope_theta='x'), dict(original_rope_theta=0), dict(original_max_position_embeddings='64'), dict(original_max_position_embeddings=[1]), dict(rope_parameters=dict(rope_type='yarn', factor=8., rope_theta=1e3, original_max_position_embeddings=0)),
+    dict(rope_parameters=dict(rope_type=['yarn'], rope_theta=1e3)), dict(rope_parameters=dict(rope_type='linear', factor=0, rope_theta=1e3)), dict(rope_parameters=dict(rope_type='yarn', factor=8., rope_theta=1e3, original_max_position_embeddings=256, attention_factor=10**30)),
+    dict(rope_parameters=dict(rope_type='default', rope_theta=1e3, partial_rotary_factor='64')), dict(rope_parameters=dict(rope_type='default', rope_theta=1e3, partial_rotary_factor=1e30)),
+    dict(rope_scaling=dict(type='longrope', factor=4., short_factor=[0] * 16, long_factor=[0] * 16)),
+])
+def test_junk_in_a_config_never_gets_a_traceback(changes, cli, tmp_path):
+    folder = base(tmp_path, **changes)
+    for words in (['doctor', folder, '--json'], ['doctor', folder, '--scaling', 'yarn', '--original', '256', '--target', '2048', '--json'], ['patch', folder, '--target', '2048', '--original', '256', '--output-dir', tmp_path/'o']):
+        r = cli(*words)
+        assert r.code in (0, 2) and (r.code == 0 or len(r.err.strip().splitlines()) == 1), r.err
+        if r.code == 0 and words[0] == 'doctor': json.loads(r.out, parse_constant=lambda x: pytest.fail(f'{x} is not JSON'))
+
+
+def test_the_printed_repair_works_as_typed(cli, tmp_path):
+    import shlex
+    folder = base(tmp_path, 'a b', max_position_embeddings=2048, rope_parameters=dict(rope_type='yarn', factor=8., rope_theta=1000.))
+    r = cli('doctor', folder, '--scaling', 'yarn', '--original', '256')
+    command = next(l for l in r.out.splitlines() if l.startswith('fix for')).split(': ', 1)[1]
+    assert cli(*shlex.split(command)[1:]).code == 0 and doctor(folder)['rows'][0]['verdict'] == 'same'

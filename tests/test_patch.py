@@ -59,3 +59,46 @@ def test_it_does_not_write_into_a_folder_in_use(cli, checkpoint, tmp_path):
     (tmp_path/'out').mkdir(); (tmp_path/'out'/'mine.txt').write_text('x')
     r = cli('patch', checkpoint(), '--target', TARGET, '--output-dir', tmp_path/'out')
     assert r.code == 2 and 'holds files' in r.err and os.listdir(tmp_path/'out') == ['mine.txt']
+
+
+def broken(base, to, how):
+    import shutil
+    shutil.copytree(base, to)
+    w = to/'model.safetensors'
+    if how == 'missing': w.unlink()
+    if how == 'cut': w.write_bytes(w.read_bytes()[:500])
+    if how == 'dangling': w.unlink(); w.symlink_to(to/'nowhere')
+    if how == 'shard':
+        shutil.rmtree(to); make_model().save_pretrained(to, max_shard_size='20KB'); make_tokenizer().save_pretrained(to)
+        sorted(to.glob('*.safetensors'))[0].unlink()
+    if how == 'tokenizer': (to/'tokenizer_config.json').write_text('[]')
+    return to
+
+
+@pytest.mark.parametrize('how,says', [('missing', 'no weights'), ('cut', 'damaged'), ('dangling', 'link to a file that is not there'), ('shard', 'lacks 1 of the weight files'), ('tokenizer', 'not the config of a tokenizer')])
+def test_a_checkpoint_that_could_not_be_loaded_is_not_patched(how, says, cli, checkpoint, tmp_path):
+    source = broken(checkpoint(), tmp_path/'base', how)
+    if how == 'dangling': make_model().save_pretrained(source/'x'); (source/'x'/'model.safetensors').rename(source/'other.safetensors')
+    r = cli('patch', source, '--target', TARGET, '--output-dir', tmp_path/'out')
+    assert r.code == 2 and says in r.err and not (tmp_path/'out').exists(), r.err
+
+
+def test_a_folder_that_was_there_before_stays(cli, checkpoint, tmp_path):
+    (tmp_path/'mine').mkdir(mode=0o750)
+    r = cli('patch', checkpoint(), '--target', TARGET, '--output-dir', tmp_path/'mine', '--scaling', 'longrope', '--scaling-kwargs', '{"long_factor": [1]}')
+    assert r.code == 2 and (tmp_path/'mine').is_dir() and not any((tmp_path/'mine').iterdir()) and (tmp_path/'mine').stat().st_mode & 0o777 == 0o750
+
+
+def test_files_below_are_taken_whatever_their_name(cli, checkpoint, tmp_path):
+    import shutil
+    shutil.copytree(checkpoint(), tmp_path/'base'); (tmp_path/'base'/'onnx').mkdir(); (tmp_path/'base'/'onnx'/'config.json').write_text('{}')
+    assert cli('patch', tmp_path/'base', '--target', TARGET, '--output-dir', tmp_path/'out').code == 0
+    assert (tmp_path/'out'/'onnx'/'config.json').exists()
+
+
+@pytest.mark.parametrize('kwargs', ['{"truncate": "no"}', '{"truncate": null}', '{"attention_factor": 1e300}', '{"beta_fast": 1%s}' % ('0' * 400), '[' * 100_000, '{"name": "x"}'])
+def test_more_fields_that_make_no_sense(kwargs, cli, checkpoint, tmp_path):
+    r = cli('patch', checkpoint(), '--target', TARGET, '--output-dir', tmp_path/'out', '--scaling-kwargs', kwargs)
+    assert r.code == 2 and len(r.err.strip().splitlines()) == 1 and len(r.err) < 700 and not (tmp_path/'out').exists()
+    r = cli('patch', checkpoint(), '--target', TARGET, '--output-dir', tmp_path/'out', '--original', '1', '--scaling', 'longrope', '--scaling-kwargs', '{"long_factor": [1,1,1,1,1,1,1,1]}')
+    assert r.code == 2 and not (tmp_path/'out').exists()

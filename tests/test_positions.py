@@ -6,8 +6,8 @@ import numpy as np, pytest
 from hypothesis import given, settings, strategies as st
 
 from pose_nb.common import PoseError
-from pose_nb.positions import (CONTENT, FIRST_CHUNK, SAMPLERS, Contiguous, FullLength, PoSE, RandPos, chunk_lengths,
-                               chunk_positions, example_rng, get_sampler, rising_biases)
+from pose_nb.positions import CONTENT, FIRST_CHUNK, Contiguous, FullLength, PoSE, RandPos, chunk_lengths, chunk_positions, example_rng, rising_biases
+from pose_nb.samplers import CREAM, GAUSSIAN, SAMPLERS, EarlyPoSE, get_sampler
 
 sizes = st.integers(1, 40)
 
@@ -15,7 +15,12 @@ sizes = st.integers(1, 40)
 def samplers(draw):
     name, window = draw(st.sampled_from(sorted(SAMPLERS))), draw(sizes)
     if name == 'full': return FullLength(window)
-    target = window + draw(st.integers(name == 'pose', 60))
+    if name == 'cream':
+        f = draw(st.integers(2, 6))
+        window = draw(st.integers(8 * f + 1, 150))
+        return CREAM(window, f * window, draw(st.sampled_from((.5, 3., 10.))), draw(st.sampled_from(sorted(GAUSSIAN))), draw(st.sampled_from((0., .5, 1.))))
+    target = window + draw(st.integers(name.startswith('pose'), 60))
+    if name == 'pose_early': return EarlyPoSE(max(window, 2), max(window, 2) + target - window)
     if name != 'pose': return get_sampler(name, window, target)
     first = draw(st.sampled_from(sorted(FIRST_CHUNK)))
     chunks = draw(st.integers(1, min(window, 2 if first == 'code' else 6)))
@@ -32,6 +37,7 @@ def test_every_window_is_lawful(s, extra, n, seed):
     assert w.input_index.min() >= 0 and (w.input_index.max(1) < lens).all()
     inside = np.diff(w.chunk_id) == 0
     assert (np.diff(w.position_ids)[inside] == 1).all() and (np.diff(w.input_index)[inside] == 1).all()
+    if isinstance(s, CREAM): assert (w.position_ids[:, 0] == 0).all() and (w.position_ids[:, -1] == s.target - 1).all() and (w.input_index[:, -1] == lens - 1).all()
     if isinstance(s, PoSE):
         assert (w.position_ids[:, 0] == 0).all() and (w.chunk_id[:, -1] == s.chunks - 1).all()
         if s.content == 'aligned': assert (w.input_index == w.position_ids).all()
