@@ -243,14 +243,15 @@ def patch_model(
     original:int=None,            # Window the model was first trained on, in tokens; None: what its config records
     copy:bool=False,              # Copy the weights instead of linking them
     trust_remote_code:bool=False, # Run code that comes with the checkpoint
-)->dict: # The record, as in `pose_nb.json`
+)->dict: # The record, as in `pose_nb.json`, and a text
     "Give a checkpoint another rotation without training; its weights are linked. Raises `PoseError` if the scheme does not fit."
     _, _, original = from_config(load_config(model, trust_remote_code), original)
     check(target >= original, f"target {target} is shorter than the original window of {original} tokens; ask for at least {original}.")
     check_exact(target)
     scheme = make_scaling(dict(scaling=scaling, factor=target / original if factor is None else factor, scaling_kwargs=scaling_kwargs))
     out = patch_checkpoint(model, scheme, target, output_dir, original, copy, trust_remote_code)
-    return read_record(out)
+    text = f'{out}: {scheme.name} with factor {scheme.factor:g}, {original:,} -> {target:,} tokens, not trained\nwill it rotate the same elsewhere? pose_nb doctor {out}'
+    return read_record(out) | dict(text=text)
 
 # %% ../nbs/10b_workflow.ipynb #3b9494cb
 def default_lengths(
