@@ -6,7 +6,7 @@
 __all__ = ['TESTED', 'Reading', 'transformers_5', 'transformers_4', 'vllm', 'sglang', 'llama_cpp', 'Intended', 'intended',
            'findings', 'diagnose', 'readable', 'repair', 'doctor']
 
-# %% ../nbs/10a_doctor.ipynb #648894ea
+# %% ../nbs/10a_doctor.ipynb #e01301cb
 import json, math, os, shlex, tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from .model import frequencies, load_config, rotary_modules
 from .plots import table
 from .rope_config import from_config, rope_entry, to_config, wide_layers
 
-# %% ../nbs/10a_doctor.ipynb #38354127
+# %% ../nbs/10a_doctor.ipynb #75d8638f
 def _kind(p): return p.get('rope_type') or p.get('type') or 'default'
 
 def _scheme(kind, p, factor, attention=None):
@@ -40,7 +40,7 @@ def _mscale(p, factor):
     one = lambda m: .1 * m * math.log(factor) + 1
     return one(p['mscale']) / one(p['mscale_all_dim']) if p.get('mscale') and p.get('mscale_all_dim') else None
 
-# %% ../nbs/10a_doctor.ipynb #731d2a16
+# %% ../nbs/10a_doctor.ipynb #0f00ba8c
 @dataclass
 class Reading:
     "What an engine makes of a config."
@@ -58,7 +58,7 @@ def _reading(engine, compute, basis='source'):
     except Exception as e:          # whatever an engine would stumble over
         return Reading(engine, problem=f"stops with {type(e).__name__}: {' '.join(str(e).split())[:150]}.", basis=basis)
 
-# %% ../nbs/10a_doctor.ipynb #8e976331
+# %% ../nbs/10a_doctor.ipynb #95513daa
 def transformers_5(
     folder,     # A checkpoint folder
     target:int, # Tokens of the input
@@ -74,7 +74,7 @@ def transformers_5(
         return frequencies(m)[0].double(), frequencies(m)[1], config.max_position_embeddings
     return _reading(f'transformers {__version__}', compute, 'run')
 
-# %% ../nbs/10a_doctor.ipynb #99fd8bd5
+# %% ../nbs/10a_doctor.ipynb #90b67fbc
 _LENGTHS = ('llama3', 'yarn', 'longrope')
 TESTED = ('llama', 'mistral', 'qwen2', 'phi', 'gpt_neox')      # the rules below were read, and where possible tested, for these architectures
 def _neox(raw): return raw.get('model_type', '').startswith('gpt_neox')
@@ -94,7 +94,7 @@ def _share(raw, kinds={'phi': .5, 'persimmon': .5, 'stablelm': .25, 'glm': .5}):
 
 def _compute(scheme, d, theta, original, target): return scheme.at(target, original)(d, theta, original)
 
-# %% ../nbs/10a_doctor.ipynb #f34034ef
+# %% ../nbs/10a_doctor.ipynb #432ac259
 _SCALED_446 = ('cohere', 'falcon', 'gpt_neox', 'gpt_neox_japanese', 'granite', 'granitemoe', 'llama', 'olmoe', 'persimmon', 'phi', 'qwen2', 'qwen2_moe', 'stablelm', 'starcoder2')
 
 def _accepted_4(kind, p):
@@ -136,7 +136,7 @@ def transformers_4(
         return *_compute(_scheme(kind, p, factor, a), int(_head(raw) * _share(raw)), theta, L, target), M
     return _reading(f'transformers {version}', compute, 'source' if raw.get('model_type') in TESTED else 'unverified')
 
-# %% ../nbs/10a_doctor.ipynb #df3f90bc
+# %% ../nbs/10a_doctor.ipynb #150c49ad
 def _own_scale(p, raw, long):
     "The attention factor of longrope in vLLM and SGLang: their own keys, or the ratio of lengths; `attention_factor` is not read."
     M, L = raw['max_position_embeddings'], p['original_max_position_embeddings']
@@ -167,7 +167,7 @@ def vllm(
         return *_compute(scheme, int(_head(raw) * share), p['rope_theta'], L, target), int(length)
     return _reading('vLLM 0.33', compute, 'source' if raw.get('model_type') in TESTED else 'unverified')
 
-# %% ../nbs/10a_doctor.ipynb #f1e486f4
+# %% ../nbs/10a_doctor.ipynb #18e4d05d
 _SGLANG_LENGTHS = ('max_sequence_length', 'seq_length', 'max_seq_len', 'model_max_length', 'max_position_embeddings')
 
 def sglang(
@@ -186,7 +186,7 @@ def sglang(
         return *_compute(scheme, int(_head(raw) * _share(raw)), p['rope_theta'], L, at), int(k * next(raw[n] for n in _SGLANG_LENGTHS if raw.get(n)))
     return _reading('SGLang 0.5.23', compute, 'source' if raw.get('model_type') in TESTED and not _neox(raw) else 'unverified')
 
-# %% ../nbs/10a_doctor.ipynb #a809cf52
+# %% ../nbs/10a_doctor.ipynb #a5e99df0
 _LLAMA_FAMILY = ('llama', 'mistral', 'mixtral', 'exaone')
 
 def llama_cpp(
@@ -207,7 +207,7 @@ def llama_cpp(
         return *_compute(scheme, int(_head(raw) * share), theta, L or M, target), M
     return _reading('llama.cpp', compute, 'source' if raw.get('model_type') in TESTED else 'unverified')
 
-# %% ../nbs/10a_doctor.ipynb #93427232
+# %% ../nbs/10a_doctor.ipynb #4e302047
 @dataclass
 class Intended:
     "The rotation that the weights were trained for."
@@ -282,6 +282,8 @@ def _plain(raw):
     check(kind in CONFIG_MAPPING, f"model_type '{kind}' is unknown to the installed transformers; the doctor cannot examine it.")
     check(kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and 'text_config' not in raw, f"'{kind}' is not a plain causal language model; the doctor examines the config of the language model alone.")
     check(kind not in CONVERTED, f"'{kind}' does not take its rotation from its config, whatever that says; pose_nb extend and patch convert it to a family that does.")
+    layers = raw.get('num_hidden_layers')
+    check(not isinstance(layers, int) or layers <= 10_000, f"num_hidden_layers is {layers}, which no model has; restore config.json.")
     keep = {k: v for k, v in raw.items() if k not in ('rope_parameters', 'rope_scaling', 'original_max_position_embeddings', 'original_rope_theta')}
     entry = raw.get('rope_parameters') or {}
     share = entry.get('partial_rotary_factor') if isinstance(entry, dict) else None
@@ -289,7 +291,7 @@ def _plain(raw):
     try: return CONFIG_MAPPING[kind].from_dict(keep | dict(max_position_embeddings=length) | (dict(partial_rotary_factor=share) if share else {}))
     except Exception as e: raise PoseError(f"transformers cannot make a {kind} of this config.json ({' '.join(str(e.__cause__ or e).split())[:150]}); restore it.") from None
 
-# %% ../nbs/10a_doctor.ipynb #00afdcc5
+# %% ../nbs/10a_doctor.ipynb #81301492
 def findings(
     raw:dict,  # A config.json
 )->list: # Sentences
@@ -320,7 +322,7 @@ def findings(
         (other, f"{', '.join(other)} claims another length than max_position_embeddings; vLLM takes the smallest, SGLang the first it finds.")]
     return [sentence for bad, sentence in pairs if bad]
 
-# %% ../nbs/10a_doctor.ipynb #68b58623
+# %% ../nbs/10a_doctor.ipynb #721b2916
 def _judge(r:Reading, want:Intended):
     "One row: how far a reading is from what was intended."
     row = dict(engine=r.engine, basis=r.basis, phase_error=None, attention_ratio=None, length=r.length)
@@ -336,7 +338,7 @@ def _judge(r:Reading, want:Intended):
     if r.length > want.target: return row | dict(verdict='same', what=f'limit it to {want.target}, it would allow more')
     return row | dict(verdict='same', what='')
 
-# %% ../nbs/10a_doctor.ipynb #4f8787fc
+# %% ../nbs/10a_doctor.ipynb #6e77f9c2
 def diagnose(
     folder,          # A checkpoint folder
     want:Intended,   # What the weights were trained for
@@ -351,7 +353,7 @@ def diagnose(
         readings += [transformers_4(raw, want.target, '4.57'), transformers_4(raw, want.target, '4.46'), vllm(raw, want.target, hf), sglang(raw, want.target), llama_cpp(raw, want.target)]
     return [_judge(r, want) for r in readings]
 
-# %% ../nbs/10a_doctor.ipynb #522bacad
+# %% ../nbs/10a_doctor.ipynb #864818d1
 def readable(
     rows:list,  # From `diagnose`
 )->list: # The same with short numbers
@@ -359,7 +361,7 @@ def readable(
     short = lambda x: '-' if x is None else f'{x:.3g}'
     return [r | dict(phase_error=short(r['phase_error']), attention_ratio=short(r['attention_ratio']), length=r['length'] or '-') for r in rows]
 
-# %% ../nbs/10a_doctor.ipynb #09786049
+# %% ../nbs/10a_doctor.ipynb #e3ee5ba3
 def repair(
     folder,          # A checkpoint folder
     want:Intended,   # What the weights were trained for
@@ -384,7 +386,7 @@ def repair(
     if record: write_record(folder, dict(rope=record | dict(original=want.original, length=want.target, base=want.base, scaling=want.scaling.name, rope_parameters=new['rope_parameters'])))
     return backup
 
-# %% ../nbs/10a_doctor.ipynb #036a4af9
+# %% ../nbs/10a_doctor.ipynb #ba5ee437
 _FLAG = {'vLLM': '--max-model-len', 'SGLang': '--context-length', 'llama.cpp': '-c'}
 
 def _if_repaired(folder, want):
@@ -404,7 +406,7 @@ def _fix(row, better, want, command):
     flag = next((f for e, f in _FLAG.items() if row['engine'].startswith(e)), '')
     return f'{flag} {want.target}' if flag and row['length'] != want.target else ''
 
-# %% ../nbs/10a_doctor.ipynb #45b37637
+# %% ../nbs/10a_doctor.ipynb #9d650a43
 def doctor(
     folder,                   # A checkpoint folder made by anyone
     target:int=None,          # Length it should reach, in tokens; None: what its record or config claims

@@ -122,7 +122,7 @@ def test_rules_that_cannot_be_run_here():
 
 @pytest.mark.parametrize('changes,says', [
     (dict(head_dim='64'), 'cannot make a llama'), (dict(head_dim=0), 'no model can be built'), (dict(num_attention_heads=None, hidden_size=None), ''), (dict(hidden_size=-1), 'cannot make a llama'), (dict(model_type='llava'), 'not a plain causal language model'),
-    (dict(text_config={}), 'not a plain'), (dict(model_type='gptj'), 'convert'), (dict(model_type=['x']), 'unknown'), (dict(max_position_embeddings=10**30), 'unknown; pass it with --target'), (dict(rope_parameters=[1]), 'not a dictionary'), (dict(model_type='t5'), 'not a plain'),
+    (dict(text_config={}), 'not a plain'), (dict(model_type='gptj'), 'convert'), (dict(model_type=['x']), 'unknown'), (dict(max_position_embeddings=10**30), 'unknown; pass it with --target'), (dict(rope_parameters=[1]), 'not a dictionary'), (dict(num_hidden_layers=10**30), 'which no model has'), (dict(model_type='t5'), 'not a plain'),
 ])
 def test_a_config_that_makes_no_sense_gets_one_sentence(changes, says, cli, tmp_path):
     folder = base(tmp_path, **changes)
