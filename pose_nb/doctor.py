@@ -6,7 +6,7 @@
 __all__ = ['TESTED', 'Reading', 'transformers_5', 'transformers_4', 'vllm', 'sglang', 'llama_cpp', 'Intended', 'intended',
            'findings', 'diagnose', 'readable', 'repair', 'doctor']
 
-# %% ../nbs/10a_doctor.ipynb #e01301cb
+# %% ../nbs/10a_doctor.ipynb #1c9f86fb
 import json, math, os, shlex, tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from .model import frequencies, load_config, rotary_modules
 from .plots import table
 from .rope_config import from_config, rope_entry, to_config, wide_layers
 
-# %% ../nbs/10a_doctor.ipynb #75d8638f
+# %% ../nbs/10a_doctor.ipynb #8eb0ffc6
 def _kind(p): return p.get('rope_type') or p.get('type') or 'default'
 
 def _scheme(kind, p, factor, attention=None):
@@ -40,7 +40,7 @@ def _mscale(p, factor):
     one = lambda m: .1 * m * math.log(factor) + 1
     return one(p['mscale']) / one(p['mscale_all_dim']) if p.get('mscale') and p.get('mscale_all_dim') else None
 
-# %% ../nbs/10a_doctor.ipynb #0f00ba8c
+# %% ../nbs/10a_doctor.ipynb #3e1fe0bf
 @dataclass
 class Reading:
     "What an engine makes of a config."
@@ -58,7 +58,7 @@ def _reading(engine, compute, basis='source'):
     except Exception as e:          # whatever an engine would stumble over
         return Reading(engine, problem=f"stops with {type(e).__name__}: {' '.join(str(e).split())[:150]}.", basis=basis)
 
-# %% ../nbs/10a_doctor.ipynb #95513daa
+# %% ../nbs/10a_doctor.ipynb #38480ac7
 def transformers_5(
     folder,     # A checkpoint folder
     target:int, # Tokens of the input
@@ -74,7 +74,7 @@ def transformers_5(
         return frequencies(m)[0].double(), frequencies(m)[1], config.max_position_embeddings
     return _reading(f'transformers {__version__}', compute, 'run')
 
-# %% ../nbs/10a_doctor.ipynb #90b67fbc
+# %% ../nbs/10a_doctor.ipynb #74a9c07c
 _LENGTHS = ('llama3', 'yarn', 'longrope')
 TESTED = ('llama', 'mistral', 'qwen2', 'phi', 'gpt_neox')      # the rules below were read, and where possible tested, for these architectures
 def _neox(raw): return raw.get('model_type', '').startswith('gpt_neox')
@@ -94,7 +94,7 @@ def _share(raw, kinds={'phi': .5, 'persimmon': .5, 'stablelm': .25, 'glm': .5}):
 
 def _compute(scheme, d, theta, original, target): return scheme.at(target, original)(d, theta, original)
 
-# %% ../nbs/10a_doctor.ipynb #432ac259
+# %% ../nbs/10a_doctor.ipynb #323cb7e0
 _SCALED_446 = ('cohere', 'falcon', 'gpt_neox', 'gpt_neox_japanese', 'granite', 'granitemoe', 'llama', 'olmoe', 'persimmon', 'phi', 'qwen2', 'qwen2_moe', 'stablelm', 'starcoder2')
 
 def _accepted_4(kind, p):
@@ -136,7 +136,7 @@ def transformers_4(
         return *_compute(_scheme(kind, p, factor, a), int(_head(raw) * _share(raw)), theta, L, target), M
     return _reading(f'transformers {version}', compute, 'source' if raw.get('model_type') in TESTED else 'unverified')
 
-# %% ../nbs/10a_doctor.ipynb #150c49ad
+# %% ../nbs/10a_doctor.ipynb #c0b0bc99
 def _own_scale(p, raw, long):
     "The attention factor of longrope in vLLM and SGLang: their own keys, or the ratio of lengths; `attention_factor` is not read."
     M, L = raw['max_position_embeddings'], p['original_max_position_embeddings']
@@ -167,7 +167,7 @@ def vllm(
         return *_compute(scheme, int(_head(raw) * share), p['rope_theta'], L, target), int(length)
     return _reading('vLLM 0.33', compute, 'source' if raw.get('model_type') in TESTED else 'unverified')
 
-# %% ../nbs/10a_doctor.ipynb #18e4d05d
+# %% ../nbs/10a_doctor.ipynb #5bd82776
 _SGLANG_LENGTHS = ('max_sequence_length', 'seq_length', 'max_seq_len', 'model_max_length', 'max_position_embeddings')
 
 def sglang(
@@ -186,7 +186,7 @@ def sglang(
         return *_compute(scheme, int(_head(raw) * _share(raw)), p['rope_theta'], L, at), int(k * next(raw[n] for n in _SGLANG_LENGTHS if raw.get(n)))
     return _reading('SGLang 0.5.23', compute, 'source' if raw.get('model_type') in TESTED and not _neox(raw) else 'unverified')
 
-# %% ../nbs/10a_doctor.ipynb #a5e99df0
+# %% ../nbs/10a_doctor.ipynb #aeac8551
 _LLAMA_FAMILY = ('llama', 'mistral', 'mixtral', 'exaone')
 
 def llama_cpp(
@@ -207,7 +207,7 @@ def llama_cpp(
         return *_compute(scheme, int(_head(raw) * share), theta, L or M, target), M
     return _reading('llama.cpp', compute, 'source' if raw.get('model_type') in TESTED else 'unverified')
 
-# %% ../nbs/10a_doctor.ipynb #4e302047
+# %% ../nbs/10a_doctor.ipynb #f9e2717d
 @dataclass
 class Intended:
     "The rotation that the weights were trained for."
@@ -222,6 +222,34 @@ def _whole(n):
     "A length as a whole number, if it is one."
     return int(n) if isinstance(n, (int, float)) and not isinstance(n, bool) and 1 <= n <= 2**40 and n == int(n) else None
 
+# %% ../nbs/10a_doctor.ipynb #17071549
+def _check_request(folder, raw, target, original, scaling, scaling_kwargs):
+    "Refuse what makes no sense before anything is computed from it."
+    check(isinstance(raw, dict), f"{folder}/config.json is not the config of a model; pass the folder of a checkpoint.")
+    for k in ('rope_parameters', 'rope_scaling'): check(isinstance(raw.get(k), (dict, type(None))), f"{k} of {folder}/config.json is a {type(raw.get(k)).__name__}, not a dictionary; restore it.")
+    for what, n in dict(target=target, original=original).items(): check(n is None or n >= 1, f"{what} is {n}; give a whole number of tokens, at least 1.")
+    check(target is None or target <= 2**24, f"a target of {target} tokens is beyond 2**24, where positions are no longer exact in float32; pass a smaller --target.")
+    if scaling: choose(scaling, SCALINGS, 'scaling')
+    check('factor' not in (scaling_kwargs or {}), "the factor does not belong to --scaling-kwargs; give it with --factor.")
+
+def _by_you(raw, record, dim, target, scaling, factor, original, base, scaling_kwargs):
+    "What you say, completed from the record and the config."
+    if original is None: original = record.get('original') or _named_original(raw)
+    check(original, "the original length is unknown; pass it, in tokens, with --original (the model card gives it).")
+    if base is None: base = record.get('base') or raw.get('original_rope_theta')
+    check(base is not None or scaling not in ('ntk', 'abf'), f"for {scaling} the base before it was raised has to be known, and the config holds only the present one; pass it with --base.")
+    if base is None: base = _form_5(raw)['rope_theta']
+    scheme = get_scaling(scaling, max(1., target / original) if factor is None else factor, **(scaling_kwargs or {}))
+    scheme.rope_parameters(dim, base, original, target)              # refuses a target that it does not reach
+    return Intended(scheme, base, original, dim, target, 'you')
+
+def _by_record(raw, record, dim, target):
+    "What `pose_nb.json` remembers."
+    ns = SimpleNamespace(model_type=raw.get('model_type'), rope_parameters=record['rope_parameters'], max_position_embeddings=target, original_max_position_embeddings=record['original'], original_rope_theta=record.get('base'))
+    if _kind(rope_entry(ns)) == 'dynamic': ns.max_position_embeddings = record['original']
+    return Intended(*from_config(ns, dim=dim), dim, target, 'pose_nb.json')
+
+# %% ../nbs/10a_doctor.ipynb #f0ab2630
 def intended(
     folder,              # A checkpoint folder
     target:int=None,     # Length to reach, in tokens; None: what the record or the config claims
@@ -233,34 +261,19 @@ def intended(
 )->Intended:
     "What the weights were trained for, as far as it is known. Raises `PoseError` if neither you, nor the record, nor the config says enough."
     raw, record = read_json(Path(folder)/'config.json'), _recorded(folder)
-    check(isinstance(raw, dict), f"{folder}/config.json is not the config of a model; pass the folder of a checkpoint.")
-    for k in ('rope_parameters', 'rope_scaling'): check(isinstance(raw.get(k), (dict, type(None))), f"{k} of {folder}/config.json is a {type(raw.get(k)).__name__}, not a dictionary; restore it.")
-    if scaling: choose(scaling, SCALINGS, 'scaling')
-    check('factor' not in (scaling_kwargs or {}), "the factor does not belong to --scaling-kwargs; give it with --factor.")
+    _check_request(folder, raw, target, original, scaling, scaling_kwargs)
     dim = record.get('dim') or 2 * frequencies(next(iter(rotary_modules(skeleton(_plain(raw))).values())))[0].numel()
     p, claimed = _form_5(raw), _whole(raw.get('max_position_embeddings'))
     if not record and _kind(p) == 'dynamic' and claimed: claimed = int(claimed * p.get('factor', 1))      # dynamic keeps the original length there
-    for what, n in dict(target=target, original=original).items(): check(n is None or n >= 1, f"{what} is {n}; give a whole number of tokens, at least 1.")
     if target is None: target = _whole(record.get('length')) or claimed
-    check(target is None or target <= 2**24, f"a target of {target} tokens is beyond 2**24, where positions are no longer exact in float32; pass a smaller --target.")
     check(target, "the length that the model should reach is unknown; pass it with --target.")
-    if scaling:
-        if original is None: original = record.get('original') or _named_original(raw)
-        check(original, "the original length is unknown; pass it, in tokens, with --original (the model card gives it).")
-        if base is None: base = record.get('base') or raw.get('original_rope_theta')
-        check(base is not None or scaling not in ('ntk', 'abf'), f"for {scaling} the base before it was raised has to be known, and the config holds only the present one; pass it with --base.")
-        if base is None: base = p['rope_theta']
-        scheme = get_scaling(scaling, max(1., target / original) if factor is None else factor, **(scaling_kwargs or {}))
-        scheme.rope_parameters(dim, base, original, target)              # refuses a target that it does not reach
-        return Intended(scheme, base, original, dim, target, 'you')
-    if record and original is None:
-        ns = SimpleNamespace(model_type=raw.get('model_type'), rope_parameters=record['rope_parameters'], max_position_embeddings=target, original_max_position_embeddings=record['original'], original_rope_theta=record.get('base'))
-        if _kind(rope_entry(ns)) == 'dynamic': ns.max_position_embeddings = record['original']
-        return Intended(*from_config(ns, dim=dim), dim, target, 'pose_nb.json')
+    if scaling: return _by_you(raw, record, dim, target, scaling, factor, original, base, scaling_kwargs)
+    if record and original is None: return _by_record(raw, record, dim, target)
     config = load_config(folder)
     if original: vars(config).pop('original_max_position_embeddings', None); rope_entry(config).pop('original_max_position_embeddings', None)
     return Intended(*from_config(config, original, dim), dim, target, 'you' if original else 'config.json')
 
+# %% ../nbs/10a_doctor.ipynb #835c4f05
 def _recorded(folder):
     "The rotation that `pose_nb.json` remembers, {} if it remembers none."
     record = read_record(folder)
@@ -291,7 +304,7 @@ def _plain(raw):
     try: return CONFIG_MAPPING[kind].from_dict(keep | dict(max_position_embeddings=length) | (dict(partial_rotary_factor=share) if share else {}))
     except Exception as e: raise PoseError(f"transformers cannot make a {kind} of this config.json ({' '.join(str(e.__cause__ or e).split())[:150]}); restore it.") from None
 
-# %% ../nbs/10a_doctor.ipynb #81301492
+# %% ../nbs/10a_doctor.ipynb #68e49428
 def findings(
     raw:dict,  # A config.json
 )->list: # Sentences
@@ -322,7 +335,7 @@ def findings(
         (other, f"{', '.join(other)} claims another length than max_position_embeddings; vLLM takes the smallest, SGLang the first it finds.")]
     return [sentence for bad, sentence in pairs if bad]
 
-# %% ../nbs/10a_doctor.ipynb #721b2916
+# %% ../nbs/10a_doctor.ipynb #87f538ab
 def _judge(r:Reading, want:Intended):
     "One row: how far a reading is from what was intended."
     row = dict(engine=r.engine, basis=r.basis, phase_error=None, attention_ratio=None, length=r.length)
@@ -338,7 +351,7 @@ def _judge(r:Reading, want:Intended):
     if r.length > want.target: return row | dict(verdict='same', what=f'limit it to {want.target}, it would allow more')
     return row | dict(verdict='same', what='')
 
-# %% ../nbs/10a_doctor.ipynb #6e77f9c2
+# %% ../nbs/10a_doctor.ipynb #51b7d52b
 def diagnose(
     folder,          # A checkpoint folder
     want:Intended,   # What the weights were trained for
@@ -353,7 +366,7 @@ def diagnose(
         readings += [transformers_4(raw, want.target, '4.57'), transformers_4(raw, want.target, '4.46'), vllm(raw, want.target, hf), sglang(raw, want.target), llama_cpp(raw, want.target)]
     return [_judge(r, want) for r in readings]
 
-# %% ../nbs/10a_doctor.ipynb #864818d1
+# %% ../nbs/10a_doctor.ipynb #52d1d3b4
 def readable(
     rows:list,  # From `diagnose`
 )->list: # The same with short numbers
@@ -361,7 +374,7 @@ def readable(
     short = lambda x: '-' if x is None else f'{x:.3g}'
     return [r | dict(phase_error=short(r['phase_error']), attention_ratio=short(r['attention_ratio']), length=r['length'] or '-') for r in rows]
 
-# %% ../nbs/10a_doctor.ipynb #e3ee5ba3
+# %% ../nbs/10a_doctor.ipynb #5299cce3
 def repair(
     folder,          # A checkpoint folder
     want:Intended,   # What the weights were trained for
@@ -386,7 +399,7 @@ def repair(
     if record: write_record(folder, dict(rope=record | dict(original=want.original, length=want.target, base=want.base, scaling=want.scaling.name, rope_parameters=new['rope_parameters'])))
     return backup
 
-# %% ../nbs/10a_doctor.ipynb #ba5ee437
+# %% ../nbs/10a_doctor.ipynb #37b379dd
 _FLAG = {'vLLM': '--max-model-len', 'SGLang': '--context-length', 'llama.cpp': '-c'}
 
 def _if_repaired(folder, want):
@@ -406,7 +419,7 @@ def _fix(row, better, want, command):
     flag = next((f for e, f in _FLAG.items() if row['engine'].startswith(e)), '')
     return f'{flag} {want.target}' if flag and row['length'] != want.target else ''
 
-# %% ../nbs/10a_doctor.ipynb #9d650a43
+# %% ../nbs/10a_doctor.ipynb #b1a9c55f
 def doctor(
     folder,                   # A checkpoint folder made by anyone
     target:int=None,          # Length it should reach, in tokens; None: what its record or config claims
