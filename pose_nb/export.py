@@ -205,7 +205,7 @@ def patch_checkpoint(
     target:int,                   # Length to claim, in tokens; at least the original one
     output_dir:str|Path,          # Where the new checkpoint goes; must be new or empty
     original:int=None,            # Window the model was first trained on, in tokens; None: what its config records
-    copy:bool=False,              # Copy the weights instead of linking them
+    copy:bool=False,              # Copy the weights instead of linking them; needed if anything will be written into the new folder
     trust_remote_code:bool=False, # Run code that comes with the checkpoint
 )->Path: # `output_dir`
     "Write a checkpoint with another rotation and the same weights. Raises `PoseError` if the scheme does not fit, and leaves nothing behind."

@@ -273,14 +273,15 @@ def seam_guard(
         ref = run(ids, pos)
         check(bool(torch.isfinite(ref).all()), "the model's logits are not finite numbers before training; its weights are damaged, or its precision is too low for it.")
         report = SeamReport(_relative(run(other, pos), ref), 0., _relative(close := run(ids, dense), ref))
+        allowed, per_token = 2e-3 if ref.dtype == torch.float32 else .15, None
         for shift in shifts or (57, min(model.config.max_position_embeddings, 2**17)):
             report = replace(report, shifted=_relative(run(ids, dense + shift), close))
-            _judge(report, ref.dtype, shift)
+            _judge(report, shift, allowed + (per_token or 0.) * shift)
+            if per_token is None: per_token = 2 * report.shifted / shift      # how much of the rounding of angles this model shows, with a margin of two
     return report
 
-def _judge(r:SeamReport, dtype, shift):
-    "Turn a report into an error where one is due. Far from 0, float32 angles are rounded more, hence the second term."
-    tol = (2e-3 if dtype == torch.float32 else .15) + shift * 2e-7
+def _judge(r:SeamReport, shift, allowed):
+    "Turn a report into an error where one is due."
     check(r.perturbed > 1e-6, "attention is cut at the position jump: tokens after it do not see the ones before, so skipped positions would train nothing; pass an all-ones attention_mask with position_ids (pose_nb.data.collate does).")
-    check(r.shifted < tol, f"adding {shift} to all positions changes the logits by {r.shifted:.2g} of their size, so something besides RoPE reads position_ids; this model cannot be trained with skipped positions.")
+    check(r.shifted < allowed, f"adding {shift} to all positions changes the logits by {r.shifted:.2g} of their size, so something besides RoPE reads position_ids; this model cannot be trained with skipped positions.")
     check(r.closed > 1e-7, "the logits do not depend on the size of the position jump, so position_ids do not reach the rotary embedding; this model cannot be trained with skipped positions.")

@@ -241,7 +241,7 @@ def patch_model(
     factor:float=None,            # Factor of the interpolation, at least target / original; None: exactly that
     scaling_kwargs:dict=None,     # Further fields of the interpolation, such as {"beta_fast": 16}, or {"long_factor": [...]} for longrope
     original:int=None,            # Window the model was first trained on, in tokens; None: what its config records
-    copy:bool=False,              # Copy the weights instead of linking them
+    copy:bool=False,              # Copy the weights instead of linking them; needed if anything will be written into the new folder
     trust_remote_code:bool=False, # Run code that comes with the checkpoint
 )->dict: # The record, as in `pose_nb.json`, and a text
     "Give a checkpoint another rotation without training; its weights are linked. Raises `PoseError` if the scheme does not fit."

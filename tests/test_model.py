@@ -138,3 +138,11 @@ def test_the_guard_sees_what_begins_only_far_out():
     model = Ministral3ForCausalLM(Ministral3Config(vocab_size=300, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, head_dim=16, max_position_embeddings=32_768, rope_parameters=rope, initializer_range=.2))
     assert seam_guard(model, pose_batch(), shifts=[57]).shifted < 1e-4
     with pytest.raises(PoseError, match='adding 32768 to all positions'): seam_guard(model, pose_batch())
+
+
+def test_a_model_that_amplifies_rounding_is_not_refused_far_out():
+    "Sixteen layers with large random weights: float32 angles at 131,072 move its logits by percents, and that is no reason to refuse it."
+    torch.manual_seed(0)
+    from transformers import LlamaConfig, LlamaForCausalLM
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=300, hidden_size=512, intermediate_size=1024, num_hidden_layers=16, num_attention_heads=8, max_position_embeddings=2048, initializer_range=.06)).eval()
+    seam_guard(set_scaling(model, YaRN(64.), 131_072), pose_batch(target=131_072))
