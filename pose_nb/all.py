@@ -13,6 +13,7 @@ from .interpolation import *
 from .rope_config import *
 from .convert import *
 from .positions import *
+from .even import *
 from .samplers import *
 from .coverage import *
 from .data import *
@@ -25,3 +26,6 @@ from .practice import *
 from .export import *
 from .doctor import *
 from .workflow import *
+from .experiment import *
+
+__all__ = [n for n in dir() if not n.startswith('_')]

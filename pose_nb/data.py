@@ -8,7 +8,7 @@ __all__ = ['held_out', 'stdlib_documents', 'read_documents', 'TokenStore', 'toke
 
 # %% ../nbs/04_data.ipynb #9e99ee51
 import hashlib, sysconfig
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np, torch
@@ -194,14 +194,34 @@ class WindowDataset(Dataset):
         self.span = max(span or 5 * sampler.window, self.need)
         self.report = usable(store, self.need)
         check(self.report['used'], f"no document is long enough: the longest has {self.report['longest']} tokens and a window needs {self.need}; use longer documents or a smaller window.")
-        docs = np.flatnonzero(store.lengths >= self.need)
+        docs = self._cut(np.flatnonzero(store.lengths >= self.need))
         self.order = np.repeat(docs, np.maximum(store.lengths[docs] // sampler.window, 1))
         self._epoch = None, None
     def __len__(self): return len(self.order)   # examples in one epoch
 
-# %% ../nbs/04_data.ipynb #ff417e94
+# %% ../nbs/04_data.ipynb #c9e95981
 from fastcore.basics import patch
 
+@patch
+def _cut(self:WindowDataset, docs):
+    "Those of `docs` that a sampler which looks at the text can cut; all of them for other samplers."
+    if 'tokens' not in self.sampler.wants: return docs
+    at = np.setdiff1d(self.sampler.cuts(self.store.tokens), self.store.offsets)          # a cut needs text on both sides
+    keep = np.intersect1d(docs, np.searchsorted(self.store.offsets, at, 'right') - 1)
+    ids = list(self.sampler.split_ids)
+    check(len(keep), f"none of the {len(docs):,} documents that are long enough contains a split token ({ids[:8]}{' ...' if len(ids) > 8 else ''}) with text on both sides; check the split tokens of the sampler '{self.sampler.name}' against the tokenizer and the data.")
+    self.report = self.report | dict(used=len(keep), uncut=len(docs) - len(keep), used_tokens=int(self.store.lengths[keep].sum()))
+    return keep
+
+@patch
+def _start(self:WindowDataset, doc, rng):
+    "Where the excerpt of an example begins in its document."
+    spare = max(len(doc) - self.span, 0)
+    if 'tokens' not in self.sampler.wants: return int(rng.integers(0, spare + 1))
+    cut = int(rng.choice(self.sampler.cuts(doc)))
+    return int(rng.integers(min(max(0, cut - self.span + 1), spare), min(cut - 1, spare), endpoint=True))
+
+# %% ../nbs/04_data.ipynb #ff417e94
 @patch
 def document(self:WindowDataset,
     index:int,  # Example number, from 0 without end
@@ -215,10 +235,10 @@ def document(self:WindowDataset,
 def __getitem__(self:WindowDataset, index:int):
     epoch, i = self.document(index)
     rng, doc = example_rng(self.seed, epoch, int(index) % len(self.order)), self.store[i]
-    start = int(rng.integers(0, max(len(doc) - self.span, 0) + 1))
+    start = self._start(doc, rng)
     ids = np.asarray(doc[start:start + self.span], np.int64)
     if self.bos is not None: ids = np.concatenate([[self.bos], ids])
-    return training_example(ids, self.sampler(len(ids), rng), mask_seam=self.mask_seam)
+    return training_example(ids, self.sampler(len(ids), rng, ids, (self.seed, index)), mask_seam=self.mask_seam)
 
 # %% ../nbs/04_data.ipynb #fa1e7e24
 def training_example(
@@ -232,8 +252,9 @@ def training_example(
     labels = input_ids.copy()
     if mask_seam: labels[1:][np.diff(window.input_index) != 1] = -100
     w = np.ones(len(labels), np.float32) if weights is None else weights[window.input_index].astype(np.float32)
-    t = torch.from_numpy
-    return dict(input_ids=t(input_ids), labels=t(labels), position_ids=t(window.position_ids), attention_mask=torch.ones(len(labels), dtype=torch.long), loss_weights=t(w))
+    t, p = torch.from_numpy, window.position_ids
+    if p.dtype.kind == 'f': p = p.astype(np.float32)          # fractions; rotary modules compute in float32
+    return dict(input_ids=t(input_ids), labels=t(labels), position_ids=t(p), attention_mask=torch.ones(len(labels), dtype=torch.long), loss_weights=t(w))
 
 # %% ../nbs/04_data.ipynb #d042d21a
 def collate(
@@ -255,7 +276,8 @@ class GeneratedDataset(Dataset):
     def __getitem__(self, index:int):
         rng = example_rng(self.seed, 0, index)
         ids, weights = self.generate(self.sampler.window, rng)
-        return training_example(ids, self.sampler(len(ids), rng), weights)
+        w = self.sampler(max(len(ids), self.sampler.min_doc_len), rng, ids, (self.seed, index))
+        return training_example(ids, replace(w, input_index=np.arange(len(ids))), weights)
 
 class Mixture(Dataset):
     "Each example comes from one of several datasets, with fixed shares."

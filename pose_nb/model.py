@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['REFUSED', 'ROTATE_NEAR_ONLY', 'refusal', 'default_base', 'load_config', 'check_attention', 'load_model',
            'cast_weights', 'load_tokenizer', 'RopeInfo', 'rotary_modules', 'frequencies', 'rope_info', 'check_exact',
-           'set_scaling', 'check_frequencies', 'check_sliding_window', 'SeamReport', 'seam_guard']
+           'set_scaling', 'check_frequencies', 'check_sliding_window', 'feed_positions', 'SeamReport', 'seam_guard']
 
 # %% ../nbs/05_model.ipynb #6cf30952
 import contextlib, copy, importlib.resources, importlib.util, warnings
@@ -225,6 +225,24 @@ def check_sliding_window(
     warnings.warn(msg)
     return msg
 
+# %% ../nbs/05_model.ipynb #d4962483
+def _fed(module, args, kwargs):
+    "The hook: the same call with other positions."
+    if 'position_ids' in kwargs: return args, kwargs | dict(position_ids=module.fed_positions)
+    return (args[0], module.fed_positions, *args[2:]), kwargs
+
+def feed_positions(
+    model,                       # A transformers model
+    position_ids:torch.Tensor,   # (batch, window); whole numbers (int64) or fractions (float32); None takes all hooks away
+)->dict: # What to pass to the model's forward
+    "Hand positions to a model: whole ones as usual, fractions to its rotary modules alone. Raises `PoseError` for fractions if it has none."
+    modules, fractions = {id(m): m for m in model.modules() if 'RotaryEmbedding' in type(m).__name__}.values(), position_ids is not None and position_ids.is_floating_point()
+    check(modules or not fractions, f"{type(model).__name__} has no rotary embedding module that could take fractional positions.")
+    for m in modules:
+        if handle := m.__dict__.pop('feeding', None): handle.remove(); del m.fed_positions
+        if fractions: m.fed_positions, m.__dict__['feeding'] = position_ids, m.register_forward_pre_hook(_fed, with_kwargs=True)
+    return {} if fractions or position_ids is None else dict(position_ids=position_ids)
+
 # %% ../nbs/05_model.ipynb #820f2e57
 @contextlib.contextmanager
 def _evaluating(model):
@@ -266,7 +284,7 @@ def seam_guard(
     keep = torch.arange(seam, min(seam + 128, ids.shape[1]), device=device)      # a few tokens after the seam are enough
     held = _held(model)
     def run(i, p):
-        logits = model(input_ids=i, position_ids=p, attention_mask=mask, use_cache=False, logits_to_keep=keep).logits
+        logits = model(input_ids=i, **feed_positions(model, p), attention_mask=mask, use_cache=False, logits_to_keep=keep).logits
         check(all(torch.equal(a, b) for a, b in zip(held, _held(model))), "this model changes its frequencies with the positions it sees (rope_type dynamic, or longrope with two lists), and skipped positions would switch them in mid-training; train with set_scaling(model, scaling.at(target, original), target).")
         return logits
     with _evaluating(model):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHUNK_COLORS', 'FIRST_CHUNK', 'CONTENT', 'runs', 'plot_windows', 'chunk_positions', 'Window', 'example_rng',
-           'chunk_lengths', 'rising_biases', 'Sampler', 'PoSE', 'Contiguous', 'FullLength', 'RandPos']
+           'chunk_lengths', 'rising_biases', 'Sampler', 'PoSE', 'ExampleDraws', 'Contiguous', 'FullLength', 'RandPos']
 
 # %% ../nbs/02_positions.ipynb #74cca511
 import math
@@ -13,6 +13,7 @@ from numbers import Real
 
 import matplotlib.pyplot as plt, numpy as np
 from fastcore.basics import patch
+from scipy.special import ndtri
 
 from .common import check, choose
 from .plots import mark_window, token_axis
@@ -72,8 +73,8 @@ def _spread(lengths, biases, steps):
 class Window:
     "One training example, or a batch of them, as index arrays."
     input_index:np.ndarray   # Which token of the document, int64, shape (window,) or (batch, window), strictly increasing
-    position_ids:np.ndarray  # At which position, int64, same shape, strictly increasing, within [0, target)
-    lengths:np.ndarray       # Tokens per chunk, int64, shape (chunks,) or (batch, chunks), each at least 1, every row adds up to `window`
+    position_ids:np.ndarray  # At which position, int64 (float64 for fractional ones), same shape, strictly increasing, within [0, target)
+    lengths:np.ndarray       # Tokens per chunk, int64, shape (chunks,) or (batch, chunks), adding up to `window`; zeros only at the end, where examples have fewer chunks than others
 
     def __len__(self):
         "Examples of a batch; tokens of a single example."
@@ -161,7 +162,7 @@ def _real_number(what, value, low, high=math.inf, above=False):
 
 class Sampler:
     "What all samplers share: subclasses are frozen dataclasses with `window`, `target` and a method `batch`."
-    name = 'sampler'
+    name, wants = 'sampler', ()     # `wants`: what `batch` takes besides lengths and randomness: "tokens", "place"
 
     @property
     def min_doc_len(self)->int:
@@ -179,9 +180,12 @@ class Sampler:
         self,
         doc_len:int,               # Tokens of the document, at least `min_doc_len`
         rng:np.random.Generator,   # Randomness, such as `example_rng(seed, epoch, index)`; None for samplers that draw nothing
+        tokens:np.ndarray=None,    # The document's token ids, int64, shape (doc_len,); only for samplers that look at the text
+        place:tuple=None,          # (seed, number of the example in the run); only for samplers that spread examples evenly
     )->Window: # Arrays of shape (window,)
-        "One example. Raises `PoseError` if the document is too short."
-        return self.batch([doc_len], rng)[0]
+        "One example. Raises `PoseError` if the document is too short, or does not suit the sampler."
+        given = dict(tokens=None if tokens is None else [tokens], place=place and (place[0], [place[1]]))
+        return self.batch([doc_len], rng, **{k: given[k] for k in self.wants})[0]
 
 # %% ../nbs/02_positions.ipynb #81ea5f98
 @dataclass(frozen=True)
@@ -220,6 +224,52 @@ def batch(
     skips = rising_biases(self.target - self.window, self.chunks, n, rng)
     offsets = choose(self.content, CONTENT, 'content')(skips, spare, rng)
     return Window(_spread(lengths, offsets, steps), _spread(lengths, skips, steps), lengths)
+
+# %% ../nbs/02_positions.ipynb #3e96afdf
+class ExampleDraws:
+    "A stand-in for a numpy `Generator` that draws for examples `start` to `start + n - 1`, each from its own counter."
+    def __init__(self,
+        seed:int,   # Seed of the run, 0 <= seed < 2**64
+        epoch:int,  # Pass over the data, 0 <= epoch < 2**64
+        start:int,  # Number of the first example, at least 0
+        n:int,      # How many examples, at least 0
+    ): self.key, self.start, self.n, self.calls = np.array([seed, epoch], np.uint64), start, n, 0
+
+    def random(self, size=None): # float64 in [0, 1), shape (n,) or `size`, whose first entry must be n
+        per = math.prod(size[1:]) if isinstance(size, tuple) else 1          # numbers per example
+        self.calls += 1
+        block, skip = divmod(self.start * per, 4)                            # Philox makes four numbers per count
+        counter = np.array([block, 0, self.calls, 0], np.uint64)             # never one of `example_rng`, which has 0 in third place
+        u = np.random.Generator(np.random.Philox(key=self.key, counter=counter)).random(skip + self.n * per)[skip:]
+        return u.reshape(size if isinstance(size, tuple) else self.n)
+
+    def integers(self, low, high, size=None, endpoint=False): # int64, shape (n,)
+        count = np.asarray(high) - low + endpoint
+        return low + np.minimum((self.random() * count).astype(np.int64), count - 1)      # the minimum only undoes rounding
+
+    def normal(self, mean, sigma, size=None): return mean + sigma * ndtri(self.random())  # float64, shape (n,)
+
+# %% ../nbs/02_positions.ipynb #0a9eda15
+@patch
+def examples(
+    self:Sampler,
+    doc_lens,        # Tokens of each document, at least `min_doc_len`, int, shape (n,)
+    seed:int,        # Seed of the run
+    epoch:int=0,     # Pass over the data
+    start:int=0,     # Number of the first example
+    tokens:list=None,# Token ids per document, for samplers that look at the text
+)->Window: # Arrays of shape (n, window)
+    "Examples `start`, `start + 1`, ...: the same however they are split into batches. Raises `PoseError` as `batch` does."
+    n, parts = len(doc_lens), []
+    rows = 1 if 'tokens' in self.wants else max(1, 2**22 // self.target)          # how many at a time
+    for i in range(0, max(n, 1), rows):
+        m = min(rows, n - i)
+        rng = example_rng(seed, epoch, start + i) if 'tokens' in self.wants else ExampleDraws(seed, epoch, start + i, m)
+        given = dict(tokens=tokens and tokens[i:i + m], place=(seed, np.arange(start + i, start + i + m)))
+        parts.append(self.batch(doc_lens[i:i + m], rng, **{k: given[k] for k in self.wants}))
+    widest = max((p.lengths.shape[1] for p in parts), default=1)
+    return Window(np.concatenate([p.input_index for p in parts]), np.concatenate([p.position_ids for p in parts]),
+                  np.concatenate([np.pad(p.lengths, ((0, 0), (0, widest - p.lengths.shape[1]))) for p in parts]))
 
 # %% ../nbs/02_positions.ipynb #0108e382
 def _dense(n, window):

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from .common import PoseError, check, environment, read_json, write_atomic, write_json
 from .data import collate
-from .model import _evaluating, seam_guard
+from .model import _evaluating, feed_positions, seam_guard
 
 # %% ../nbs/06_train.ipynb #805358cb
 def _slice_loss(head, hidden, labels, weights):
@@ -77,7 +77,7 @@ class LossModel(nn.Module):
         super().__init__()
         self.model, self.chunk = model, chunk
     def forward(self, batch):
-        kw = {k: batch[k] for k in ('input_ids', 'attention_mask', 'position_ids')}
+        kw = {k: batch[k] for k in ('input_ids', 'attention_mask')} | feed_positions(self.model, batch['position_ids'])
         base = self.model.base_model if self.model.base_model is not self.model else self.model.model      # Llama 4 calls its part by another name
         hidden = base(**kw, use_cache=False).last_hidden_state
         return chunked_loss(hidden, logits_head(self.model), batch['labels'], batch['loss_weights'], self.chunk)
@@ -92,7 +92,7 @@ def head_guard(
     part = {k: v[:1, :tokens] for k, v in batch.items()}
     with _evaluating(loss_model):
         ours = loss_model(part).item()
-        logits = loss_model.model(**{k: part[k] for k in ('input_ids', 'attention_mask', 'position_ids')}, use_cache=False).logits
+        logits = loss_model.model(**{k: part[k] for k in ('input_ids', 'attention_mask')}, **feed_positions(loss_model.model, part['position_ids']), use_cache=False).logits
         own = _slice_loss(nn.Identity(), logits[0, :-1], part['labels'][0, 1:], part['loss_weights'][0, 1:]).item()
     check(abs(ours - own) <= .02 * abs(own) + 1e-3, f"the loss in slices is {ours:.3f} where this model's own logits give {own:.3f}: {type(loss_model.model).__name__} post-processes its logits, which is not supported yet.")
 
@@ -376,7 +376,8 @@ def train(
     _guards(acc, loss_model, collate([dataset[i] for i in step_indices(0, 0, settings, acc.process_index, acc.num_processes)]))
     start = load_checkpoint(acc, _latest(out) if resume is True else resume, settings) if resume else 0
     log, t0, done = _Log(out, start, acc.is_main_process), time.perf_counter(), start
-    with StopFlag() as flag, tqdm(total=settings.max_steps, initial=start, desc='training', unit=' steps', disable=not (progress and acc.is_main_process)) as bar:
+    with StopFlag() as flag, tqdm(total=settings.max_steps, initial=start, desc='training', unit=' steps', disable=not (progress and acc.is_main_process)) as bar, contextlib.ExitStack() as after:
+        after.callback(feed_positions, model, None)            # fractional positions leave hooks
         batches = iter(_loader(dataset, settings, start, acc))
         while done < settings.max_steps and not flag.stop:
             t1 = time.perf_counter()

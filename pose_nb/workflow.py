@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from fastcore.basics import listify
 from fastcore.meta import delegates
 from transformers.utils.logging import disable_progress_bar
 
@@ -26,7 +27,7 @@ from .rope_config import from_config, rotary_dim
 from .model import cast_weights, check_attention, check_exact, check_sliding_window, default_base, load_config, load_model, load_tokenizer, rope_info, set_scaling
 from .perplexity import perplexity
 from .plots import length_plot, plt, table, use_style
-from .samplers import SAMPLERS, get_sampler
+from .samplers import SAMPLERS, Segments, digit_tokens, get_sampler, sentence_ends
 from .practice import CopyDocuments, PasskeyDocuments
 from .retrieval import passkey
 from .train import TrainSettings, _latest, check_resume, plot_loss, read_log, train
@@ -40,11 +41,11 @@ def plan_extension(
     factor:float=None,            # Factor of the interpolation, at least target / original; None: exactly that
     scaling_kwargs:dict=None,     # Further fields of the interpolation, such as {"beta_fast": 16}, or {"long_factor": [...]} for longrope
     original:int=None,            # Window the model was first trained on, in tokens; None: what its config records
-    sampler:str='pose',           # Positions: pose, contiguous, randpos, full, cream, pose_early
+    sampler:str='pose',           # Positions: pose, pose_even, contiguous, randpos, full, cream, longrecipe, turns, e2llm, pose_early
     chunks:int=2,                 # PoSE: pieces the window is cut into, in [1, window]
     content:str='uniform',        # PoSE: where the text of later pieces comes from: uniform, contiguous, aligned
     first_chunk:str='paper',      # PoSE: how long the first piece is: paper, code
-    sampler_kwargs:dict=None,     # Fields of other samplers, such as {"sigma": 2.5} for cream
+    sampler_kwargs:dict=None,     # Fields of other samplers, such as {"sigma": 2.5} for cream, or {"split_ids": ["<|im_start|>"]} for turns
     trust_remote_code:bool=False, # Run code that comes with the checkpoint
 )->dict: # Plain values, written to `pose_nb.json`
     "Say what an extension will do. Raises `PoseError` if it cannot be done."
@@ -52,13 +53,14 @@ def plan_extension(
     found, base, original = from_config(config, original)
     window = original if window is None else window
     check_exact(target)
-    choose(scaling, SCALINGS, 'scaling'); choose(sampler, SAMPLERS, 'sampler')
+    choose(scaling, SCALINGS, 'scaling'); sampler = choose(sampler, SAMPLERS, 'sampler').name
     check(window > 1, f"window {window} is too short; use at least 2 tokens.")
     check(target > window, f"target {target} is not longer than the window of {window} tokens; ask for a --target of at least {window + 1}.")
     plan = dict(model=str(model), target=int(target), window=int(window), original=original, factor=max(target / original, 1.) if factor is None else factor, scaling=scaling, sampler=sampler)
     if scaling_kwargs: plan['scaling_kwargs'] = scaling_kwargs
     if found.name != 'none': warnings.warn(f"this checkpoint was extended before, by {found.name} with factor {found.factor:g}; the new factor {plan['factor']:g} is relative to its original {original:,} tokens and replaces the old one.")
     if sampler == 'pose': plan |= dict(chunks=chunks, content=content, first_chunk=first_chunk)
+    else: check((chunks, content, first_chunk) == (2, 'uniform', 'paper'), f"chunks, content and first_chunk are fields of the sampler pose, not of {sampler}; give {sampler} its own with --sampler-kwargs.")
     if sampler_kwargs: plan['sampler_kwargs'] = sampler_kwargs
     make_sampler(plan); make_scaling(plan).rope_parameters(rotary_dim(config), base, original, max(target, original))
     check_sliding_window(config, target)
@@ -73,11 +75,30 @@ def make_scaling(
     check('factor' not in kwargs, "the factor does not belong to --scaling-kwargs; give it with --factor.")
     return get_scaling(plan['scaling'], plan['factor'], **kwargs)
 
+# %% ../nbs/10b_workflow.ipynb #76cfbd48
+def _split_ids(tokens, tokenizer):
+    "Token ids from ids or from the tokens' text."
+    ids = [tokenizer.convert_tokens_to_ids(t) if isinstance(t, str) else t for t in listify(tokens)]
+    unknown = [t for t, i in zip(listify(tokens), ids) if i is None or isinstance(t, str) and i == tokenizer.unk_token_id]
+    check(not unknown, f"this tokenizer has no token {', '.join(map(repr, unknown[:3]))}; split_ids takes whole tokens such as <|im_start|>, or their ids.")
+    return tuple(ids)
+
+def _text_fields(options, sampler, tokenizer):
+    "Fields of a sampler that looks at the text; without a tokenizer any id stands for all."
+    given = options.get('split_ids')
+    if tokenizer is None: return dict(split_ids=0) if given or sampler == 'longrecipe' else {}
+    out = dict(split_ids=_split_ids(given, tokenizer) if given else sentence_ends(tokenizer))
+    return out | (dict(keep_ids=options.get('keep_ids') or digit_tokens(tokenizer)) if options.get('drop') else {})
+
 def make_sampler(
-    plan:dict,  # From `plan_extension`
+    plan:dict,        # From `plan_extension`
+    tokenizer=None,   # For samplers that look at the text; None only checks their other fields
 ): # The position sampler of a plan
-    "Build the sampler that a plan names."
-    return get_sampler(plan['sampler'], plan['window'], plan['target'], **{k: plan[k] for k in ('chunks', 'content', 'first_chunk') if k in plan}, **plan.get('sampler_kwargs', {}))
+    "Build the sampler that a plan names. Raises `PoseError` for fields it refuses, or split tokens that the tokenizer does not have."
+    name, options = plan['sampler'], {k: plan[k] for k in ('chunks', 'content', 'first_chunk') if k in plan} | plan.get('sampler_kwargs', {})
+    if name == 'e2llm': options.setdefault('original', plan['original'])
+    if issubclass(SAMPLERS[name], Segments): options |= _text_fields(options, name, tokenizer)
+    return get_sampler(name, plan['window'], plan['target'], **options)
 
 # %% ../nbs/10b_workflow.ipynb #5b8b99f8
 def bos_id(
@@ -146,11 +167,11 @@ def extend(
     factor:float=None,              # Factor of the interpolation, at least target / original; None: exactly that
     scaling_kwargs:dict=None,       # Further fields of the interpolation, such as {"beta_fast": 16}, or {"long_factor": [...]} for longrope
     original:int=None,              # Window the model was first trained on, in tokens; None: what its config records
-    sampler:str='pose',             # Positions: pose, contiguous, randpos, full, cream, pose_early
+    sampler:str='pose',             # Positions: pose, pose_even, contiguous, randpos, full, cream, longrecipe, turns, e2llm, pose_early
     chunks:int=2,                   # PoSE: pieces the window is cut into
     content:str='uniform',          # PoSE: text of later pieces: uniform, contiguous, aligned
     first_chunk:str='paper',        # PoSE: length of the first piece: paper, code
-    sampler_kwargs:dict=None,       # Fields of other samplers, such as {"sigma": 2.5} for cream
+    sampler_kwargs:dict=None,       # Fields of other samplers, such as {"sigma": 2.5} for cream, or {"split_ids": ["<|im_start|>"]} for turns
     text_field:str='text',          # Field with the text in structured data
     bos:bool=None,                  # Start windows with BOS: True, False, or None for what the tokenizer does
     passkey_share:float=0.,         # Share of generated passkey documents, in [0, 1)
@@ -171,11 +192,12 @@ def extend(
     plan |= dict(data=str(data), text_field=text_field, passkey_share=passkey_share, copy_share=copy_share, keep_seam=keep_seam)
     tokenizer = load_tokenizer(model, trust_remote_code)
     plan['bos'] = start_id = bos_id(tokenizer, bos)
+    positions = make_sampler(plan, tokenizer)
     out = claim_folder(output_dir, resume)
     where = _resume_from(out, plan, resume_from_checkpoint, settings) if resume else None
     try:
         store = _documents_of(data, out, tokenizer, text_field, resume, progress)
-        dataset = make_dataset(store, make_sampler(plan), tokenizer, settings.seed, start_id, passkey_share, copy_share, not keep_seam)
+        dataset = make_dataset(store, positions, tokenizer, settings.seed, start_id, passkey_share, copy_share, not keep_seam)
         net = load_model(model, torch.float32, attn_implementation, trust_remote_code=trust_remote_code)
         scheme, longest = make_scaling(plan), max(target, plan['original'])
         set_scaling(net, scheme, longest, plan['original'])                                   # refuses what could not be saved at the end
@@ -357,10 +379,10 @@ def coverage_report(
     *,
     window:int,                 # Training window, in tokens
     target:int,                 # Context length to reach, in tokens
-    sampler:str='pose',         # Positions: pose, contiguous, randpos, full, cream, pose_early
+    sampler:str='pose',         # Positions: pose, pose_even, contiguous, randpos, full, cream, longrecipe, turns, e2llm, pose_early
     chunks:int=2,               # PoSE: pieces the window is cut into
     first_chunk:str='paper',    # PoSE: how long the first piece is: paper, code
-    sampler_kwargs:dict=None,   # Fields of other samplers, such as {"sigma": 2.5} for cream
+    sampler_kwargs:dict=None,   # Fields of other samplers, such as {"sigma": 2.5} for cream, or {"split_ids": ["<|im_start|>"]} for turns
     examples:int=64_000,        # Training windows of the run (steps x batch), for "how many distances are never met"
     seed:int=0,                 # Seed where the answer is estimated
     plot:str=None,              # File for a figure (.svg, .png or .pdf)
