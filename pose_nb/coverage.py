@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['cross_probability', 'cuts', 'tail', 'two_chunk_probability', 'two_chunk_pairs', 'chunk_runs', 'tally_chunks',
-           'tally_positions', 'Coverage', 'coverage', 'expected_pairs', 'plot_coverage', 'seen_after', 'never_seen',
-           'examples_needed']
+           'tally_positions', 'Coverage', 'tally_pairs', 'coverage', 'expected_pairs', 'plot_coverage', 'seen_after',
+           'never_seen', 'examples_needed', 'position_coverage']
 
 # %% ../nbs/03_coverage.ipynb #d23b71b5
 from dataclasses import dataclass
 
 import matplotlib.pyplot as plt, numpy as np
+from scipy.special import betainc
 
 from .common import check, choose
+from .exact import exact_coverage, exact_positions
 from .plots import color, mark_window, token_axis
-from .positions import FIRST_CHUNK, PoSE, RandPos, Sampler, Window, example_rng
+from .positions import FIRST_CHUNK, PoSE, Sampler, Window, example_rng
 
 # %% ../nbs/03_coverage.ipynb #4effa132
 def cross_probability(
@@ -145,6 +147,8 @@ class Coverage:
     exact_pairs:bool        # Is `pairs` exact?
     examples:int            # Draws counted; 0 if none were needed
     seed:int                # Their seed
+    block:int=0             # Every `block` consecutive examples have every distance; 0: examples are independent
+    first:int=1             # The first entry that counts: 1 for distances, 0 for positions
 
     @property
     def error(self):
@@ -152,22 +156,31 @@ class Coverage:
         return np.zeros(self.target) if self.exact else np.sqrt(self.probability * (1 - self.probability) / self.examples)
 
 # %% ../nbs/03_coverage.ipynb #8d55ef57
-def _exact(sampler):
-    "(probability, pairs) of a sampler, None where no exact form is known here."
-    W, T, r = sampler.window, sampler.target, np.arange(sampler.target)
-    chunks = getattr(sampler, 'chunks', 1)
-    if W == T or chunks == 1 and isinstance(sampler, PoSE) or sampler.name == 'contiguous':      # dense
-        return 1. * ((r > 0) & (r < W)), np.maximum(W - r, 0.) * (r > 0)
-    if isinstance(sampler, RandPos): return None, (T - r) * (r > 0) * (W * (W - 1) / (T * (T - 1)))
-    if isinstance(sampler, PoSE) and chunks == 2: return tuple(f(W, T, sampler.first_chunk) for f in (two_chunk_probability, two_chunk_pairs))
-    return None, None
+def tally_pairs(
+    w:Window,    # A batch, arrays of shape (batch, window), at least one example; fractional positions are welcome
+    target:int,  # Length to reach in tokens, above every position
+)->tuple: # (seen, pairs), float64, each (target,), as `tally_chunks`
+    "Distances of a batch, pair by pair and rounded to whole numbers, halves up; cost grows with the window squared."
+    _check_reach(w, target)
+    lower, seen, pairs = np.tril_indices(w.position_ids.shape[1], -1), np.zeros(target), np.zeros(target)
+    for p in w.position_ids:
+        count = np.bincount(np.floor((p[:, None] - p)[lower] + .5 + 1e-9).astype(np.int64), minlength=target + 1)[:target]      # 1e-9: a half stays a half
+        count[0] = 0
+        seen += count > 0; pairs += count
+    return seen, pairs
+
+def _tally(w, target):
+    "The cheapest tally that can read a batch."
+    if w.position_ids.dtype.kind == 'f': return tally_pairs(w, target)
+    return (tally_chunks if w.lengths.shape[1] <= 16 and w.lengths.min() > 0 and _steady(w) else tally_positions)(w, target)
 
 def _counted(sampler, examples, seed):
     "(probability, pairs) from draws, in blocks of 256 examples."
+    check('tokens' not in sampler.wants, f"the positions of '{sampler.name}' depend on the text, so there is no coverage without it; tally windows of your own data with `tally_positions`.")
     total = np.zeros((2, sampler.target))
     for k in range(0, examples, 256):
         w = sampler.batch(np.full(min(256, examples - k), sampler.min_doc_len), example_rng(seed, 0, k))
-        total += (tally_chunks if w.lengths.shape[1] <= 16 and _steady(w) else tally_positions)(w, sampler.target)
+        total += _tally(w, sampler.target)
     return total / examples
 
 # %% ../nbs/03_coverage.ipynb #e2c99170
@@ -180,11 +193,13 @@ def coverage(
 )->Coverage: # Probability and pairs per distance
     "How often each distance occurs in one example: exact where known, otherwise counted (Monte Carlo). Raises `PoseError` for less than one example."
     check(examples >= 1, f"{examples} examples cannot be counted; ask for at least 1.")
-    p, pairs = _exact(sampler) if exact else (None, None)
+    p, pairs = exact_coverage(sampler) if exact else (None, None)
     known = p is not None, pairs is not None
     if not all(known): counted = _counted(sampler, examples, seed)
-    label = label or sampler.name + (f', {sampler.chunks} chunks' if isinstance(sampler, PoSE) else '')
-    return Coverage(label, sampler.window, sampler.target, p if known[0] else counted[0], pairs if known[1] else counted[1], *known, 0 if all(known) else examples, seed)
+    return Coverage(label or _label(sampler), sampler.window, sampler.target, p if known[0] else counted[0], pairs if known[1] else counted[1], *known,
+                    0 if all(known) else examples, seed, getattr(sampler, 'block', 0))
+
+def _label(sampler): return sampler.name + (f', {sampler.chunks} chunks' if isinstance(sampler, PoSE) else '')
 
 def expected_pairs(
     sampler:Sampler,     # Any position sampler
@@ -225,37 +240,62 @@ def plot_coverage(
 
 # %% ../nbs/03_coverage.ipynb #34f49431
 def seen_after(
-    c:Coverage,  # From `coverage`
-    k:int,       # Examples trained on, at least 1
-)->np.ndarray: # float64, shape (target,); entry 0 is 0
-    "Probability that distance r has occurred at least once in k examples."
-    with np.errstate(divide='ignore'): p = -np.expm1(k * np.log1p(-c.probability))
-    p[0] = 0
+    c:Coverage,   # From `coverage` or `position_coverage`
+    k:int,        # Examples trained on, at least 1
+    times:int=1,  # How often at least
+)->np.ndarray: # float64, shape (target,); entries below `c.first` are 0
+    "Probability that each distance has occurred in at least `times` of k examples. For even samplers it is exact after whole blocks, and before that the value of independent examples, which is too low."
+    if times == 1:
+        with np.errstate(divide='ignore'): p = -np.expm1(k * np.log1p(-c.probability))
+    else: p = betainc(times, k - times + 1, c.probability) if k >= times else np.zeros(c.target)      # P(binomial >= times)
+    if c.block and k // c.block >= times: p = np.ones(c.target)
+    p[:c.first] = 0
     return p
 
 def never_seen(
-    c:Coverage,      # From `coverage`
+    c:Coverage,      # From `coverage` or `position_coverage`
     k:int,           # Examples trained on, at least 1
     upto:int=None,   # Count the distances below this one, 2 to the target; None: the target
-)->float: # Expected number of distances from 1 to `upto` - 1 that never occur
-    "Expected number of distances still unseen after k examples."
-    return float((1 - seen_after(c, k))[1:upto].sum())
+    times:int=1,     # Count as seen from this many examples on
+)->float: # Expected number of distances that occurred less than `times` times
+    "Expected number of distances still unseen after k examples; it is also an upper bound on the probability that any is unseen."
+    return float((1 - seen_after(c, k, times))[c.first:upto].sum())
 
 # %% ../nbs/03_coverage.ipynb #6f3bbe44
 def examples_needed(
-    c:Coverage,             # From `coverage`
+    c:Coverage,             # From `coverage` or `position_coverage`
     confidence:float=0.99,  # Wanted probability that nothing is missing, between 0 and 1
     upto:int=None,          # Ask only for distances below this one, 2 to the target; None: the target
-)->int: # Examples: with this many, all distances have occurred with at least that probability
-    "Smallest k with `never_seen(c, k, upto)` at most 1 - confidence (a union bound, so enough but perhaps not necessary). Raises `PoseError` if a distance has probability 0."
+    times:int=1,            # How often each must have occurred, at least 1
+)->int: # Examples: with this many, all distances have occurred `times` times with at least that probability
+    "Smallest k with `never_seen(c, k, upto, times)` at most 1 - confidence (a union bound, so enough but perhaps not necessary); whole blocks for even samplers. Raises `PoseError` if a distance has probability 0."
     check(0 < confidence < 1, f"confidence {confidence} is not between 0 and 1.")
-    never = np.flatnonzero(c.probability[1:upto] == 0) + 1
+    check(times >= 1, f"times is {times}; it must be at least 1.")
+    if c.block: return c.block * times
+    never = np.flatnonzero(c.probability[c.first:upto] == 0) + c.first
     why = 'never occur' if c.exact else f'did not occur in {c.examples} counted draws'
-    check(not len(never), f"{len(never)} distances {why} (the first is {never[:1].sum()}); lower `upto`" + ("." if c.exact else " or count more examples."))
+    check(not len(never), f"{len(never)} {'distances' if c.first else 'positions'} {why} (the first is {never[:1].sum()}); lower `upto`" + ("." if c.exact else " or count more examples."))
     high = 1
-    while never_seen(c, high, upto) > 1 - confidence: high *= 2
+    while never_seen(c, high, upto, times) > 1 - confidence: high *= 2
     low = high // 2
     while high - low > 1:
         k = (low + high) // 2
-        low, high = (k, high) if never_seen(c, k, upto) > 1 - confidence else (low, k)
+        low, high = (k, high) if never_seen(c, k, upto, times) > 1 - confidence else (low, k)
     return high
+
+# %% ../nbs/03_coverage.ipynb #bfd01cdf
+def position_coverage(
+    sampler:Sampler,      # Any position sampler
+    examples:int=1000,    # Draws to count where nothing exact is known, at least 1
+    seed:int=0,           # Seed of those draws
+    label:str=None,       # Name for tables and plots; None: the sampler's name, with its chunks
+)->Coverage: # `probability` and `pairs` are both P(position p is used in one example)
+    "How often each position below the target is used (for fractions: rounded). Raises `PoseError` for less than one example."
+    check(examples >= 1, f"{examples} examples cannot be counted; ask for at least 1.")
+    p = exact_positions(sampler)
+    if known := p is not None: used = p
+    else:
+        check('tokens' not in sampler.wants, f"the positions of '{sampler.name}' depend on the text, so they cannot be counted without it.")
+        w = sampler.batch(np.full(examples, sampler.min_doc_len), example_rng(seed, 0, 0))
+        used = np.bincount(w.position_ids.ravel(), minlength=sampler.target) / examples
+    return Coverage(label or _label(sampler), sampler.window, sampler.target, used, used, known, known, 0 if known else examples, seed, first=0)

@@ -5,7 +5,11 @@ from hypothesis import given, settings, strategies as st
 from pose_nb.common import PoseError
 from pose_nb.coverage import (coverage, cross_probability, examples_needed, expected_pairs, never_seen, seen_after, tally_chunks,
                               tally_positions, two_chunk_pairs, two_chunk_probability)
+from pose_nb.coverage import position_coverage, tally_pairs
+from pose_nb.even import CUTS, EvenPoSE
+from pose_nb.exact import exact_coverage, exact_positions, pose_pairs, randpos_probability, three_chunk_probability
 from pose_nb.positions import FIRST_CHUNK, Contiguous, FullLength, PoSE, RandPos, chunk_positions, example_rng
+from pose_nb.samplers import CREAM, E2LLM, EarlyPoSE, LongRecipe
 
 def histogram(p, target): return np.bincount((p[:, None] - p)[np.tril_indices(len(p), -1)], minlength=target)
 
@@ -33,6 +37,65 @@ def test_autocorrelation_is_exact_at_size(target):
     w = RandPos(1500, target).batch([1500], example_rng(0, 0, 0))
     assert (tally_positions(w, target)[1] == histogram(p, target)).all()
 
+EXACT = [PoSE(20, 70), PoSE(20, 70, 3), PoSE(20, 70, 5), PoSE(20, 30, 3), RandPos(20, 70), EarlyPoSE(20, 70), CREAM(40, 160), CREAM(50, 100, 1., 'truncated', .3), E2LLM(20, 70), E2LLM(20, 70, 30, 6, 2)]
+EXACT += [EvenPoSE(20, 70, c) for c in CUTS]
+
+@pytest.mark.parametrize('s', EXACT, ids=repr)
+def test_every_exact_law_agrees_with_draws(s):
+    n = 6000
+    w = s.batch(np.full(n, s.window), example_rng(5, 0, 0))
+    (seen, pairs), (p, e) = (tally_pairs if isinstance(s, E2LLM) else tally_positions)(w, s.target), exact_coverage(s)
+    if p is not None:
+        assert np.abs(seen / n - p).max() < 5 * .5 / n**.5 and (seen[p == 0] == 0).all() and (seen[p == 1] == n).all()
+        z = (seen / n - p)[(p > .02) & (p < .98)] / np.sqrt(p * (1 - p) / n)[(p > .02) & (p < .98)]
+        assert np.sqrt((z**2).mean()) < 1.6                                    # neighbouring distances are correlated, so not exactly 1
+    assert np.isclose(e[1:].sum(), s.window * (s.window - 1) / 2, rtol=1e-6) or isinstance(s, E2LLM)
+    assert np.abs(pairs / n - e).max() < .06 * e.max()
+    used = np.bincount(np.minimum(np.floor(w.position_ids + .5).astype(int), s.target - 1).ravel(), minlength=s.target) / n
+    assert isinstance(s, E2LLM) or np.abs(used - exact_positions(s)).max() < 5 * .5 / n**.5
+    assert np.isclose(position_coverage(s).probability.sum(), s.window, rtol=1e-6) or isinstance(s, E2LLM)
+
+def test_positions_of_e2llm_by_listing():
+    s, used = E2LLM(7, 20, 8, 4, 2), np.zeros(20)
+    for g in range(1, 5):
+        for t in range(g * 8 - 7 + 1):
+            j = np.array([m + (t if m >= 2 else 0) for m in range(7)])
+            used[np.unique(np.minimum((2 * j * 20 + g * 8) // (2 * g * 8), 19))] += 1 / 4 / (g * 8 - 6)
+    assert np.allclose(exact_positions(s), used, atol=1e-12)
+
+@pytest.mark.parametrize('window,target', [(3, 8), (4, 5), (5, 11), (7, 9)])
+def test_randpos_by_exact_counting(window, target):
+    import itertools
+    every = [np.unique(np.diff(np.array(list(itertools.combinations(c, 2))), axis=1)) for c in itertools.combinations(range(target), window)]
+    want = np.bincount(np.concatenate(every), minlength=target) / len(every)
+    assert np.allclose(randpos_probability(window, target), want, atol=1e-10)
+
+def test_randpos_at_size_by_whole_numbers():
+    "The last distances of 2,048 of 16,384 positions: a sum over how many of the t possible pairs have one token, in whole numbers."
+    from fractions import Fraction
+    from math import comb
+    W, T, p = 300, 3000, randpos_probability(300, 3000)
+    for t in (1, 2, 10, 200):                                                   # t = T - r pairs at distance r, all disjoint
+        ways = sum(comb(t, j) * 2**j * comb(T - 2 * t, W - j) for j in range(min(t, W) + 1))
+        assert abs(p[T - t] - float(1 - Fraction(ways, comb(T, W)))) < 1e-11
+    assert abs(p[1499] - p[1500]) < .01
+
+@pytest.mark.parametrize('times', [1, 2, 7])
+def test_times_is_a_binomial_tail(times):
+    from scipy.stats import binom
+    c = coverage(PoSE(16, 64))
+    assert np.allclose(seen_after(c, 50, times)[1:], binom.sf(times - 1, 50, c.probability[1:]), atol=1e-12)
+    k = examples_needed(c, .9, times=times)
+    assert never_seen(c, k, times=times) <= .1 < never_seen(c, k - 1, times=times)
+
+def test_even_skips_need_whole_blocks():
+    c = coverage(EvenPoSE(16, 64))
+    assert examples_needed(c) == c.block and examples_needed(c, times=3) == 3 * c.block and never_seen(c, c.block) == 0 < never_seen(c, c.block - 1)
+
+def test_text_decides_where_longrecipe_skips():
+    for f in (coverage, position_coverage):
+        with pytest.raises(PoseError, match='depend on the text'): f(LongRecipe(20, 70, (1,)))
+
 def test_golden_numbers():
     c = cross_probability(2048, 16384)
     assert np.allclose(c[[1, 2, 2047, 14337, 16382, 16383]], [6.975e-5, 1.395e-4, .1427774, .1427774, 1.395e-4, 6.975e-5], atol=5e-8)
@@ -40,7 +103,7 @@ def test_golden_numbers():
     assert np.ptp(p[2047:14338]) < 1e-9 and p[14338] < p[14337]
     assert np.allclose(p[[1, 100, 1024, 2047, 15000, 16000]], [2046.0, 1853.17, 535.91, 48.7942, 36.75, 4.51], atol=6e-3) and np.isclose(p[16383], 6.975e-5, rtol=1e-3)
 
-@pytest.mark.parametrize('s', [PoSE(20, 70), PoSE(20, 70, first_chunk='code'), PoSE(20, 70, 1), PoSE(20, 70, 4), PoSE(20, 70, 20), Contiguous(20, 70), FullLength(20), RandPos(20, 70), RandPos(20, 20)])
+@pytest.mark.parametrize('s', [PoSE(20, 70), PoSE(20, 70, first_chunk='code'), PoSE(20, 70, 1), PoSE(20, 70, 3), PoSE(20, 70, 4), PoSE(20, 70, 20), Contiguous(20, 70), FullLength(20), RandPos(20, 70), RandPos(20, 20)])
 def test_pairs_are_conserved_and_exact_agrees_with_counts(s):
     c, mc = coverage(s, 4000), coverage(s, 4000, seed=1, exact=False)
     assert np.isclose(c.pairs.sum(), s.window * (s.window - 1) / 2) and np.isclose(mc.pairs.sum(), c.pairs.sum())
