@@ -15,6 +15,7 @@ from .convert import *
 from .positions import *
 from .even import *
 from .samplers import *
+from .exact import *
 from .coverage import *
 from .data import *
 from .model import *
@@ -26,6 +27,7 @@ from .practice import *
 from .export import *
 from .doctor import *
 from .workflow import *
+from .plan import *
 from .experiment import *
 
 __all__ = [n for n in dir() if not n.startswith('_')]

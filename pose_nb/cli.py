@@ -6,7 +6,7 @@
 __all__ = ['VERBS', 'tokens', 'token_list', 'make_parser', 'usage', 'find_verb', 'show', 'resume_command', 'run_verb', 'main']
 
 # %% ../nbs/11_cli.ipynb #99847751
-import argparse, inspect, json, logging, os, shlex, sys, warnings
+import argparse, importlib, inspect, json, logging, os, shlex, sys, warnings
 from pathlib import Path
 
 from fastcore.docments import docments
@@ -69,13 +69,14 @@ def _option(p, name, flag, anno, default, help_):
     else: p.add_argument(flag, dest=name, default=default, type=_CONVERT.get(anno, str), metavar=_metavar(anno), help=help_ if default is None else f'{help_} (default: {default})')
 
 # %% ../nbs/11_cli.ipynb #216ba49e
-VERBS = {('demo',): ('demo', 'the whole story, offline, on a CPU, in minutes'),
-         ('extend',): ('extend', "extend a model's context window"),
-         ('patch',): ('patch_model', 'another rotation without training; weights are linked'),
-         ('doctor',): ('doctor', 'will it load, and rotate the same, elsewhere?'),
-         ('eval', 'ppl'): ('eval_ppl', 'perplexity at several lengths'),
-         ('eval', 'passkey'): ('eval_passkey', 'find a number hidden far away'),
-         ('coverage',): ('coverage_report', 'which relative distances training meets')}
+VERBS = {('demo',): ('workflow.demo', 'the whole story, offline, on a CPU, in minutes'),
+         ('plan',): ('plan.plan', 'what a run will cost and see; reads only the config'),
+         ('extend',): ('workflow.extend', "extend a model's context window"),
+         ('patch',): ('workflow.patch_model', 'another rotation without training; weights are linked'),
+         ('doctor',): ('workflow.doctor', 'will it load, and rotate the same, elsewhere?'),
+         ('eval', 'ppl'): ('workflow.eval_ppl', 'perplexity at several lengths'),
+         ('eval', 'passkey'): ('workflow.eval_passkey', 'find a number hidden far away'),
+         ('coverage',): ('workflow.coverage_report', 'which relative distances training meets')}
 
 def usage()->str: # The text of `pose_nb --help`
     "All commands, one a line."
@@ -85,7 +86,7 @@ def usage()->str: # The text of `pose_nb --help`
 
 def find_verb(
     argv:list,  # Words after `pose_nb`
-)->tuple: # (function name, words that remain, what was typed)
+)->tuple: # (module and function, words that remain, what was typed)
     "Which command is meant. Raises `PoseError` with the list of commands if none is."
     for n in (2, 1):
         if tuple(argv[:n]) in VERBS: return VERBS[tuple(argv[:n])][0], argv[n:], 'pose_nb ' + ' '.join(argv[:n])
@@ -130,8 +131,8 @@ def run_verb(
 )->int: # Exit code
     "Parse, run and print one command."
     name, rest, prog = find_verb(argv)
-    from pose_nb import workflow
-    func = getattr(workflow, name)
+    module, func = name.split('.')
+    func = getattr(importlib.import_module(f'pose_nb.{module}'), func)
     parser = make_parser(func, prog)
     parser.add_argument('--json', action='store_true', help='Print the result as JSON')
     args = vars(parser.parse_args(rest))

@@ -288,6 +288,7 @@ def seam_guard(
         check(all(torch.equal(a, b) for a, b in zip(held, _held(model))), "this model changes its frequencies with the positions it sees (rope_type dynamic, or longrope with two lists), and skipped positions would switch them in mid-training; train with set_scaling(model, scaling.at(target, original), target).")
         return logits
     with _evaluating(model):
+        if pos.is_floating_point(): _check_fractions(model, run, ids, dense)
         ref = run(ids, pos)
         check(bool(torch.isfinite(ref).all()), "the model's logits are not finite numbers before training; its weights are damaged, or its precision is too low for it.")
         report = SeamReport(_relative(run(other, pos), ref), 0., _relative(close := run(ids, dense), ref))
@@ -303,3 +304,9 @@ def _judge(r:SeamReport, shift, allowed):
     check(r.perturbed > 1e-6, "attention is cut at the position jump: tokens after it do not see the ones before, so skipped positions would train nothing; pass an all-ones attention_mask with position_ids (pose_nb.data.collate does).")
     check(r.shifted < allowed, f"adding {shift} to all positions changes the logits by {r.shifted:.2g} of their size, so something besides RoPE reads position_ids; this model cannot be trained with skipped positions.")
     check(r.closed > 1e-7, "the logits do not depend on the size of the position jump, so position_ids do not reach the rotary embedding; this model cannot be trained with skipped positions.")
+
+def _check_fractions(model, run, ids, dense):
+    "Whole positions must give the same logits whether the model gets them or only its rotary modules."
+    try: off = _relative(run(ids, 2 * dense.float()), run(ids, 2 * dense))
+    except RuntimeError: off = float('inf')
+    check(off < 1e-4, f"{type(model).__name__} reads positions in other places than its rotary modules, so it cannot be trained with fractional positions; use a sampler with whole ones, such as pose.")

@@ -18,7 +18,7 @@ from fastcore.meta import delegates
 from transformers.utils.logging import disable_progress_bar
 
 from .common import PoseError, check, choose, environment, write_atomic, write_json
-from .coverage import coverage, never_seen, plot_coverage
+from .coverage import coverage, examples_needed, never_seen, plot_coverage
 from .data import GeneratedDataset, Mixture, WindowDataset, load_store, read_documents, save_store, stdlib_documents, tokenize
 from .doctor import doctor
 from .export import check_reload, claim_folder, patch_checkpoint, read_record, save_extended, write_card, write_record
@@ -60,7 +60,7 @@ def plan_extension(
     if scaling_kwargs: plan['scaling_kwargs'] = scaling_kwargs
     if found.name != 'none': warnings.warn(f"this checkpoint was extended before, by {found.name} with factor {found.factor:g}; the new factor {plan['factor']:g} is relative to its original {original:,} tokens and replaces the old one.")
     if sampler == 'pose': plan |= dict(chunks=chunks, content=content, first_chunk=first_chunk)
-    else: check((chunks, content, first_chunk) == (2, 'uniform', 'paper'), f"chunks, content and first_chunk are fields of the sampler pose, not of {sampler}; give {sampler} its own with --sampler-kwargs.")
+    _only_pose(sampler, chunks=(chunks, 2), content=(content, 'uniform'), first_chunk=(first_chunk, 'paper'))
     if sampler_kwargs: plan['sampler_kwargs'] = sampler_kwargs
     make_sampler(plan); make_scaling(plan).rope_parameters(rotary_dim(config), base, original, max(target, original))
     check_sliding_window(config, target)
@@ -74,6 +74,11 @@ def make_scaling(
     kwargs = plan.get('scaling_kwargs') or {}
     check('factor' not in kwargs, "the factor does not belong to --scaling-kwargs; give it with --factor.")
     return get_scaling(plan['scaling'], plan['factor'], **kwargs)
+
+def _only_pose(sampler, **fields):
+    "Refuse fields of PoSE that were changed for another sampler, where they would do nothing."
+    changed = [k for k, (value, default) in fields.items() if sampler != 'pose' and value != default]
+    check(not changed, f"{', '.join(changed)} belongs to the sampler pose, not to {sampler}; give {sampler} its own fields with --sampler-kwargs.")
 
 # %% ../nbs/10b_workflow.ipynb #76cfbd48
 def _split_ids(tokens, tokenizer):
@@ -384,20 +389,24 @@ def coverage_report(
     first_chunk:str='paper',    # PoSE: how long the first piece is: paper, code
     sampler_kwargs:dict=None,   # Fields of other samplers, such as {"sigma": 2.5} for cream, or {"split_ids": ["<|im_start|>"]} for turns
     examples:int=64_000,        # Training windows of the run (steps x batch), for "how many distances are never met"
+    times:int=1,                # How often every distance should occur, for "examples needed"
     seed:int=0,                 # Seed where the answer is estimated
     plot:str=None,              # File for a figure (.svg, .png or .pdf)
 )->dict: # Plain values and a text
     "Which relative distances training meets. Raises `PoseError` for sizes that cannot be."
+    sampler = choose(sampler, SAMPLERS, 'sampler').name
+    _only_pose(sampler, chunks=(chunks, 2), first_chunk=(first_chunk, 'paper'))
     options = (dict(chunks=chunks, first_chunk=first_chunk) if sampler == 'pose' else {}) | (sampler_kwargs or {})
-    check(examples >= 1, f"examples is {examples}; it must be at least 1.")
+    for name, value in dict(examples=examples, times=times).items(): check(value >= 1, f"{name} is {value}; it must be at least 1.")
     c = coverage(get_sampler(sampler, window, target, **options), seed=seed)
     p, probe = c.probability, sorted({1, window // 2, window - 1, window, target // 2, target - 2, target - 1})
     rows = [dict(distance=r, probability=float(p[r]), pairs=float(c.pairs[r])) for r in probe if 0 < r < target]
-    summary = dict(sampler=c.label, window=window, target=target, exact=c.exact, never_met=int((p[1:] == 0).sum()), expected_unseen=float(never_seen(c, examples)), examples=examples, rows=rows)
+    summary = dict(sampler=c.label, window=window, target=target, exact=c.exact, never_met=int((p[1:] == 0).sum()), expected_unseen=float(never_seen(c, examples)), examples=examples, needed=examples_needed(c, times=times) if (p[1:] > 0).all() else None, times=times, rows=rows)
     if plot: use_style(); save_figure(plot_coverage([c]), plot)
     how = 'exact' if c.exact else f'estimated from {c.examples} draws, seed {seed}'
     return summary | dict(text=f"{c.label}, {window:,} -> {target:,} tokens ({how})\n{table(rows, 6).to_string(index=False)}\n"
-                               f"of {target - 1:,} distances, {summary['never_met']:,} can never occur; after {examples:,} windows {summary['expected_unseen']:,.1f} are expected to be unmet")
+                               f"of {target - 1:,} distances, {summary['never_met']:,} can never occur; after {examples:,} windows {summary['expected_unseen']:,.1f} are expected to be unmet\n"
+                               + (f"every distance at least {times} time{'s' * (times > 1)}: {summary['needed']:,} windows" + (' (certain)' if c.block else f" (with probability .99{'' if c.exact else ', as far as the draws tell'})") if summary['needed'] else ''))
 
 # %% ../nbs/10b_workflow.ipynb #0d8a9bf7
 DEMO_TARGET, DEMO_LENGTHS = 2048, (256, 512, 1024, 2048)

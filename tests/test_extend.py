@@ -101,12 +101,28 @@ def test_record_and_card_say_how_it_was_made(kind, results):
 
 
 SAMPLERS = [('pose', dict(content=c, first_chunk=f, chunks=k)) for c in ('uniform', 'contiguous', 'aligned') for f, k in (('paper', 2), ('paper', 3), ('code', 2))] + \
-           [('contiguous', {}), ('full', {}), ('randpos', {}), ('cream', {}), ('cream', dict(sampler_kwargs=dict(sigma=1., gaussian='truncated'))), ('pose_early', {})]
+           [('contiguous', {}), ('full', {}), ('randpos', {}), ('cream', {}), ('cream', dict(sampler_kwargs=dict(sigma=1., gaussian='truncated'))), ('pose_early', {}),
+            ('pose_even', {}), ('pose_even', dict(sampler_kwargs=dict(cut='paper', content='aligned'))), ('e2llm', dict(scaling='linear')), ('e2llm', dict(scaling='linear', sampler_kwargs=dict(max_scale=9))),
+            ('turns', dict(sampler_kwargs=dict(split_ids='Ġwind'))), ('longrecipe', dict(sampler_kwargs=dict(split_ids=['Ġwind', 'Ġthe']))), ('longrecipe', dict(sampler_kwargs=dict(split_ids=['Ġwind'], drop=.5, keep_ids=[40])))]
 
 @pytest.mark.parametrize('sampler,options', SAMPLERS, ids=lambda x: x if isinstance(x, str) else '-'.join(map(str, x.values())))
 def test_every_sampler_trains(sampler, options, checkpoint, corpus, tmp_path):
     r = extend(checkpoint(), TARGET, corpus.jsonl, tmp_path/'o', sampler=sampler, max_steps=1, progress=False, **options)
     assert r['status'] == 'done' and r['result']['tokens'] == (TARGET if sampler == 'full' else WINDOW)
+
+
+@pytest.mark.parametrize('words,says', [
+    (['--sampler', 'turns'], "has no split_ids; name at least one"), (['--sampler', 'turns', '--sampler-kwargs', '{"split_ids": ["<|im_start|>"]}'], "this tokenizer has no token '<|im_start|>'"),
+    (['--sampler', 'turns', '--sampler-kwargs', '{"split_ids": [44]}'], 'contains a split token'), (['--sampler', 'longrecipe'], 'contains a split token'),
+    (['--sampler', 'turns', '--sampler-kwargs', '{"split_ids": ["Ġwind"]}', '--window', '256', '--target', '512', '--passkey-share', '.5'], 'occurs in a document of'),
+    (['--sampler', 'cream', '--chunks', '3'], 'chunks belongs to the sampler pose'), (['--sampler', 'cream', '--sampler-kwargs', '{"sigma": 0}'], 'sigma is 0'),
+    (['--sampler', 'cream', '--target', '200'], 'not a whole multiple'), (['--sampler', 'cream', '--target', '512'], 'do not leave a middle'), (['--sampler', 'e2llm', '--window', '128'], 'original is 64'),
+    (['--sampler', 'pose_even', '--content', 'aligned'], 'content belongs to the sampler pose'), (['--sampler', 'pose_even', '--sampler-kwargs', '{"cut": "third"}'], "unknown cut rule 'third'")])
+def test_samplers_refuse_in_one_sentence(words, says, checkpoint, corpus, cli, tmp_path):
+    options = {} if '--target' in words else dict(target=TARGET)
+    argv = extend_args(checkpoint(), corpus.jsonl, tmp_path/'o', **dict(target=None) | options) + words
+    r = cli(*argv)
+    assert r.code == 2 and says in r.err and r.err.count('pose_nb:') == 1 and 'Traceback' not in r.err and not (tmp_path/'o').exists(), r.err
 
 
 @pytest.mark.parametrize('kind', ['txt', 'jsonl', 'gz', 'parquet', 'folder'])

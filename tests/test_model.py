@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM
 from pose_nb.common import PoseError
 from pose_nb.data import collate, training_example
 from pose_nb.interpolation import ABF, LongRoPE, NTK, SCALINGS, YaRN, get_scaling
-from pose_nb.model import frequencies, load_model, rope_info, rotary_modules, seam_guard, set_scaling
+from pose_nb.model import feed_positions, frequencies, load_model, rope_info, rotary_modules, seam_guard, set_scaling
 from pose_nb.positions import PoSE, example_rng
 
 KINDS = ('llama', 'mistral', 'qwen2')
@@ -146,3 +146,25 @@ def test_a_model_that_amplifies_rounding_is_not_refused_far_out():
     from transformers import LlamaConfig, LlamaForCausalLM
     model = LlamaForCausalLM(LlamaConfig(vocab_size=300, hidden_size=512, intermediate_size=1024, num_hidden_layers=16, num_attention_heads=8, max_position_embeddings=2048, initializer_range=.06)).eval()
     seam_guard(set_scaling(model, YaRN(64.), 131_072), pose_batch(target=131_072))
+
+
+@pytest.mark.parametrize('kind', ['llama', 'qwen2', 'mistral'])
+def test_fractions_reach_rope_and_nothing_else(kind):
+    from pose_nb.train import LossModel
+    net = make_model(kind)
+    ids = torch.arange(48)[None] + 3
+    mask, whole = torch.ones_like(ids), torch.arange(48)[None] * 2 + (torch.arange(48)[None] > 20) * 100
+    def gradients(p, checkpointing):
+        net.train(); net.zero_grad()
+        (net.gradient_checkpointing_enable if checkpointing else net.gradient_checkpointing_disable)()
+        LossModel(net)(dict(input_ids=ids, labels=ids, position_ids=p, attention_mask=mask, loss_weights=torch.ones(1, 48))).backward()
+        feed_positions(net, None)
+        return torch.cat([q.grad.flatten() for q in net.parameters()])
+    want = gradients(whole, False)
+    for p, c in ((whole, True), (whole.float(), False), (whole.float(), True)): assert torch.equal(gradients(p, c), want)
+    third = gradients(whole.float() / 3, False)
+    assert torch.equal(gradients(whole.float() / 3, True), third) and not torch.allclose(third, want)
+    assert not any(m._forward_pre_hooks for m in net.modules())
+    net.eval()
+    report = seam_guard(net, dict(input_ids=ids, position_ids=whole.float() / 3, attention_mask=mask))
+    assert report.perturbed > 1e-6 and report.closed > 1e-7

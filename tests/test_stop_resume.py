@@ -114,7 +114,8 @@ def test_resume_with_other_settings_is_refused_and_changes_nothing(change, base,
 
 
 @pytest.mark.parametrize('kw', [dict(bf16=True), dict(gradient_checkpointing=True), dict(dataloader_num_workers=2), dict(per_device_train_batch_size=2, gradient_accumulation_steps=2),
-                                dict(passkey_share=.5, window=256, target=512)], ids=lambda k: next(iter(k)))
+                                dict(passkey_share=.5, window=256, target=512), dict(sampler='e2llm', scaling='linear', gradient_checkpointing=True), dict(sampler='pose_even', dataloader_num_workers=1),
+                                dict(sampler='turns', sampler_kwargs=dict(split_ids='Ġwind'))], ids=lambda k: next(iter(k)))
 def test_every_kind_of_run_resumes_with_equal_bits(kw, checkpoint, base, corpus, tmp_path):
     model = checkpoint(max_position_embeddings=256, attention_dropout=.1) if 'window' in kw else base
     options = dict(target=256, max_steps=4, learning_rate=1e-3, warmup_steps=1) | kw
