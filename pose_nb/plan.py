@@ -7,7 +7,7 @@ __all__ = ['WINDOWS', 'STEPS', 'Shape', 'model_shape', 'layer_bytes', 'memory_es
            'largest_batch', 'split_step', 'window_flops', 'matmul_rate', 'time_estimate', 'coverage_after',
            'choose_steps', 'recommend', 'extend_command', 'measure', 'duration', 'plan_text', 'plan']
 
-# %% ../nbs/10d_plan.ipynb #b3174ed9
+# %% ../nbs/10d_plan.ipynb #c369da3d
 import json, math, os, shlex, time, warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from .samplers import get_sampler
 from .train import TrainSettings, peak_memory, train
 from .workflow import make_sampler, make_scaling, plan_extension
 
-# %% ../nbs/10d_plan.ipynb #a8c79cce
+# %% ../nbs/10d_plan.ipynb #59c632e4
 @dataclass(frozen=True)
 class Shape:
     "The sizes that decide memory and time."
@@ -53,7 +53,7 @@ def model_shape(
     inner = chosen * _first(c, ('moe_intermediate_size',) * (experts > 1) + ('intermediate_size', 'n_inner', 'ffn_hidden_size'), 4 * hidden)
     return Shape(sum(sizes.values()), int(active), _first(c, ('num_hidden_layers', 'n_layer'), 1), hidden, inner, table.shape[0])
 
-# %% ../nbs/10d_plan.ipynb #67ebbafc
+# %% ../nbs/10d_plan.ipynb #7c3f9147
 def layer_bytes(
     shape:Shape,  # From `model_shape`
     bf16:bool,    # Computed under bf16 autocast
@@ -62,7 +62,7 @@ def layer_bytes(
     h, f = shape.hidden, shape.inner
     return 34 * h + 8 * f if bf16 else 40 * h + 16 * f
 
-# %% ../nbs/10d_plan.ipynb #938a372d
+# %% ../nbs/10d_plan.ipynb #6acc1fea
 def memory_estimate(
     shape:Shape,                # From `model_shape`
     window:int,                 # Tokens per window
@@ -77,7 +77,7 @@ def memory_estimate(
     parts = dict(state=(18 if bf16 else 16) * shape.parameters, activations=tokens * kept, logits=3 * 4 * min(tokens, loss_chunk) * shape.vocab)
     return {k: v / 2**30 for k, v in parts.items()} | dict(total=sum(parts.values()) / 2**30)
 
-# %% ../nbs/10d_plan.ipynb #5e204301
+# %% ../nbs/10d_plan.ipynb #95873130
 @dataclass(frozen=True)
 class Hardware:
     "Where a run will happen."
@@ -100,7 +100,7 @@ def find_hardware()->Hardware:
     if torch.cuda.is_available(): return Hardware('cuda', hardware(), torch.cuda.mem_get_info()[0] / 2**30, torch.cuda.is_bf16_supported())
     return Hardware('cpu', hardware(), min(os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE'), _container_limit()) / 2**30, False)
 
-# %% ../nbs/10d_plan.ipynb #2136d3c4
+# %% ../nbs/10d_plan.ipynb #778f997a
 WINDOWS, STEPS = 64, 1000      # PoSE, section 4.1
 
 def largest_batch(
@@ -132,7 +132,7 @@ def split_step(
     b = micro or found[c] or 1
     return b, accumulation or math.ceil(WINDOWS / b), c
 
-# %% ../nbs/10d_plan.ipynb #50035b00
+# %% ../nbs/10d_plan.ipynb #0d53a628
 def window_flops(
     shape:Shape,          # From `model_shape`
     window:int,           # Tokens per window
@@ -143,7 +143,7 @@ def window_flops(
     per_token = n * (shape.active - head) + 8 * head + n * shape.layers * shape.hidden * window
     return float(per_token * window)
 
-# %% ../nbs/10d_plan.ipynb #2dfa2fe3
+# %% ../nbs/10d_plan.ipynb #6a9efd48
 def matmul_rate(
     shape:Shape,          # From `model_shape`
     machine:Hardware,     # From `find_hardware`
@@ -161,7 +161,7 @@ def matmul_rate(
         wait(); best = min(best, (time.perf_counter() - t) / 3)
     return 2 * rows * n * m / best
 
-# %% ../nbs/10d_plan.ipynb #601c8022
+# %% ../nbs/10d_plan.ipynb #82a96444
 def time_estimate(
     shape:Shape,             # From `model_shape`
     window:int,              # Tokens per window
@@ -175,7 +175,7 @@ def time_estimate(
     step = micro * settings.gradient_accumulation_steps
     return dict(flops_per_window=work, rate=rate, utilisation=machine.utilisation, micro_batch=micro, step=step, total=step * settings.max_steps)
 
-# %% ../nbs/10d_plan.ipynb #b7ec7fe7
+# %% ../nbs/10d_plan.ipynb #def8334a
 def _coverage(sampler, seed):
     "The coverage of a sampler, in seconds; None if it depends on the text."
     if 'tokens' in sampler.wants: return None
@@ -191,10 +191,11 @@ def coverage_after(
     return dict(windows=windows, distances=c.target - 1, worst_distance=worst, worst_seen=float(p[worst]), never_seen=never_seen(c, windows),
                 last_tenth_from=tenth, last_tenth_seen=float(p[tenth:].mean()), exact=c.exact, draws=c.examples)
 
-# %% ../nbs/10d_plan.ipynb #03b399c2
-def _why_scaling(config, original):
-    "Why YaRN, and what becomes of a scaling that is already there."
+# %% ../nbs/10d_plan.ipynb #3d6e6612
+def _why_scaling(config, original, sampler):
+    "Why YaRN (linear for e2llm), and what becomes of a scaling that is already there."
     found = from_config(config, original)[0]
+    if sampler == 'e2llm': return 'e2llm is defined with linear interpolation'
     was = '' if found.name == 'none' else f'; the config carries {found.name} with factor {found.factor:g}, which extend replaces'
     return f"the paper's Table 6 (Llama 7B, 2k to 16k, perplexity on Proof-pile at 16k): trained with PoSE, YaRN reaches 2.53, NTK 4.37{was}"
 
@@ -211,16 +212,16 @@ def choose_steps(
     if steps > 10 * STEPS: return STEPS, f'{paper}; all distances below nine tenths of the target would need {need:.2g} windows, so choose another sampler if they matter'
     return max(STEPS, steps), f'{paper}; all distances below nine tenths of the target need {need:,} windows ({steps:,} step{"s" * (steps > 1)}) with probability 0.99'
 
-# %% ../nbs/10d_plan.ipynb #a2e1f221
+# %% ../nbs/10d_plan.ipynb #2bfdfa11
 def _why_split(shape, window, machine, s):
     "Reasons for micro-batch, accumulation and checkpointing."
     fits = lambda b, c: memory_estimate(shape, window, b, c, s.bf16)['total']
     b, c = s.per_device_train_batch_size, s.gradient_checkpointing
     found = f'{machine.usable:.1f} of the {machine.memory:.1f} GiB found'
-    micro = f'{b} window{"s" * (b > 1)} at a time need{"s" * (b == 1)} an estimated {fits(b, c):.2g} GiB; a plan uses up to {found}'
-    return dict(per_device_train_batch_size=micro if fits(b, c) <= machine.usable else f'nothing smaller exists, and it still needs an estimated {fits(b, c):.4g} GiB where {found} can be used',
+    micro = f'{b} window{"s" * (b > 1)} at a time need{"s" * (b == 1)} an estimated {fits(b, c):.3g} GiB; a plan uses up to {found}'
+    return dict(per_device_train_batch_size=micro if fits(b, c) <= machine.usable else f'a micro-batch cannot be smaller, and it still needs an estimated {fits(b, c):.3g} GiB where {found} can be used',
                 gradient_accumulation_steps=f'{b * s.gradient_accumulation_steps} windows a step; the paper uses {WINDOWS}',
-                gradient_checkpointing=f'without it {b} window{"s" * (b > 1)} would need {fits(b, False):.4g} GiB' if c else 'everything fits without recomputing',
+                gradient_checkpointing=f'without it {b} window{"s" * (b > 1)} would need {fits(b, False):.3g} GiB' if c else 'everything fits without recomputing',
                 bf16='the GPU computes in bfloat16' if s.bf16 else 'no GPU with bfloat16 was found')
 
 _CHUNKS = "the paper's Table 5 (perplexity on Proof-pile at 16k): 2.60 with two chunks, 2.59 with three"
@@ -244,7 +245,7 @@ def recommend(
     reasons = _why_split(shape, window, machine, s) | dict(max_steps=why)
     return s, {k: 'given' if k in given else v for k, v in reasons.items()}
 
-# %% ../nbs/10d_plan.ipynb #363df314
+# %% ../nbs/10d_plan.ipynb #d8a2d8a2
 def extend_command(
     plan:dict,                     # From `plan_extension`
     settings:TrainSettings,        # From `recommend`
@@ -261,7 +262,7 @@ def extend_command(
     option = lambda k: '--' + k.replace('_', '-')
     return ['pose_nb', 'extend', plan['model'], *(w for k, v in valued.items() if v is not None for w in (option(k), str(v))), *(option(k) for k, v in flags.items() if v)]
 
-# %% ../nbs/10d_plan.ipynb #5b7d619e
+# %% ../nbs/10d_plan.ipynb #b1a76b38
 def _random_model(config, plan, device):
     "The planned model with random weights and the planned rotation."
     from transformers import AutoModelForCausalLM
@@ -293,12 +294,12 @@ def measure(
     step = micro * settings.gradient_accumulation_steps
     return dict(micro_batch=micro, step=step, total=step * settings.max_steps, peak_gib=done.peak_gib, before_gib=before)
 
-# %% ../nbs/10d_plan.ipynb #2b68f64e
+# %% ../nbs/10d_plan.ipynb #0a591aad
 def duration(
     seconds:float,  # At least 0
-)->str: # "3.2 s", "41 min", "5.0 h", "12 days"
+)->str: # "3.2 s", "41 min", "5.02 h", "12 days", "9.7 years"
     "A time as people say it."
-    for size, unit in ((86400, 'days'), (3600, 'h'), (60, 'min')):
+    for size, unit in ((365.25 * 86400, 'years'), (86400, 'days'), (3600, 'h'), (60, 'min')):
         if seconds >= 2 * size: return f'{seconds / size:.3g} {unit}'
     return f'{seconds:.2g} s'
 
@@ -317,7 +318,7 @@ def _cost_lines(r):
     m, t, k, name = r['memory'], r['time'], r['calibration'], r['hardware']
     lines = [f"memory, estimated: {m['total']:.3g} GiB (state {m['state']:.3g}, activations {m['activations']:.3g}, logits {m['logits']:.3g}) and the program itself; found: {name['memory']:.1f} GiB on {name['name']}"]
     if not m['fits']: lines += [f"  this does not fit: a machine with about {m['needs']:.0f} GiB would do"]
-    lines += [f"time, estimated: {duration(t['step'])} per step, {duration(t['total'])} in all ({t['flops_per_window'] / 1e9:.3g} GFLOP per window; matrix products run at {t['rate'] / 1e9:.3g} GFLOP/s here, measured, and training at {t['utilisation']:g} of that, assumed)"]
+    lines += [f"time, estimated: {duration(t['step'])} per step, {duration(t['total'])} in all ({t['flops_per_window'] / 1e9:,.1f} GFLOP per window; matrix products run at {t['rate'] / 1e9:,.0f} GFLOP/s here, measured, and training at {t['utilisation']:g} of that, assumed)"]
     if k: lines += [f"measured with random weights: {duration(k['micro_batch'])} per micro-batch, so {duration(k['step'])} per step and {duration(k['total'])} in all; peak {k['peak_gib']:.2f} GiB, {k['before_gib']:.2f} before"]
     return lines
 
@@ -330,7 +331,7 @@ def plan_text(
     chosen = [f"  {k.replace('_', '-')} {str(v).lower() if isinstance(v, bool) else v}: {r['reasons'][k]}" for k, v in r['recommended'].items()]
     return '\n'.join([*head, '', 'recommended', *chosen, '', *_coverage_lines(r), '', *_cost_lines(r), '', r['command']])
 
-# %% ../nbs/10d_plan.ipynb #f8e0d28d
+# %% ../nbs/10d_plan.ipynb #9c221bb0
 def _planned(say, *args):
     "`plan_extension`, with its warnings put into a list."
     with warnings.catch_warnings(record=True) as said:
@@ -357,7 +358,7 @@ def _calibrated(config, shape, base, s, machine):
     check(state <= machine.memory, f"weights, gradients and optimizer need an estimated {state:.1f} GiB and {machine.memory:.1f} GiB were found, so nothing can be measured here; plan without --calibrate, or on a larger machine.")
     return measure(config, base, s, machine)
 
-# %% ../nbs/10d_plan.ipynb #893368e7
+# %% ../nbs/10d_plan.ipynb #97453a67
 def plan(
     model,                                # Checkpoint folder or hub id; only its config is read
     target:int,                           # Context length to reach, in tokens; more than the window
@@ -382,11 +383,11 @@ def plan(
     asked = dict(window=window, original=original, seed=seed or None)
     wanted = dict(max_steps=max_steps, per_device_train_batch_size=per_device_train_batch_size, gradient_accumulation_steps=gradient_accumulation_steps, gradient_checkpointing=gradient_checkpointing, bf16=bf16)
     notes, config, machine = [], load_config(model, trust_remote_code), find_hardware()
-    base = _planned(notes, model, target, window, scaling or 'yarn', None, None, original, sampler, 2 if chunks is None else chunks, 'uniform', 'paper', sampler_kwargs, trust_remote_code)
+    base = _planned(notes, model, target, window, scaling or ('linear' if sampler == 'e2llm' else 'yarn'), None, None, original, sampler, 2 if chunks is None else chunks, 'uniform', 'paper', sampler_kwargs, trust_remote_code)
     positions = make_sampler(base)
     shape, c = model_shape(config), _coverage(positions, seed)
     s, reasons = recommend(shape, positions.window, machine, wanted, c, seed)
-    recommended, reasons = _chosen(base, s, reasons, scaling, chunks, _why_scaling(config, original))
+    recommended, reasons = _chosen(base, s, reasons, scaling, chunks, _why_scaling(config, original, base['sampler']))
     words = extend_command(base, s, str(data), str(output_dir), asked, trust_remote_code)
     r = dict(model=str(model), target=base['target'], original=base['original'], window=positions.window, factor=base['factor'], shape=asdict(shape), recommended=recommended, reasons=reasons, notes=notes,
              coverage=c and coverage_after(c, s.max_steps * s.per_device_train_batch_size * s.gradient_accumulation_steps), **_costs(shape, positions.window, s, machine),

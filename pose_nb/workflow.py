@@ -63,6 +63,7 @@ def plan_extension(
     _only_pose(sampler, chunks=(chunks, 2), content=(content, 'uniform'), first_chunk=(first_chunk, 'paper'))
     if sampler_kwargs: plan['sampler_kwargs'] = sampler_kwargs
     make_sampler(plan); make_scaling(plan).rope_parameters(rotary_dim(config), base, original, max(target, original))
+    if sampler == 'e2llm' and scaling != 'linear': warnings.warn(f"e2llm is defined with linear interpolation, and {scaling} was asked for; give --scaling linear unless this is what you want to try.")
     check_sliding_window(config, target)
     return plan
 
@@ -406,7 +407,7 @@ def coverage_report(
     how = 'exact' if c.exact else f'estimated from {c.examples} draws, seed {seed}'
     return summary | dict(text=f"{c.label}, {window:,} -> {target:,} tokens ({how})\n{table(rows, 6).to_string(index=False)}\n"
                                f"of {target - 1:,} distances, {summary['never_met']:,} can never occur; after {examples:,} windows {summary['expected_unseen']:,.1f} are expected to be unmet\n"
-                               + (f"every distance at least {times} time{'s' * (times > 1)}: {summary['needed']:,} windows" + (' (certain)' if c.block else f" (with probability .99{'' if c.exact else ', as far as the draws tell'})") if summary['needed'] else ''))
+                               + (f"every distance at least {times} time{'s' * (times > 1)}: {summary['needed']:{',' if summary['needed'] < 10**12 else '.1e'}} windows" + (' (certain)' if c.block else f" (with probability .99{'' if c.exact else ', as far as the draws tell'})") if summary['needed'] else ''))
 
 # %% ../nbs/10b_workflow.ipynb #0d8a9bf7
 DEMO_TARGET, DEMO_LENGTHS = 2048, (256, 512, 1024, 2048)
