@@ -86,8 +86,8 @@ def _check_reach(w, target):
 def chunk_runs(
     w:Window,  # A batch, arrays of shape (batch, window); positions advance by 1 inside a chunk
 )->tuple: # (starts, lengths), int64, each (batch, chunks): first position and tokens of each chunk
-    "Where the chunks of a batch lie. Raises `PoseError` if positions skip inside a chunk."
-    check(_steady(w), "positions skip inside a chunk; use `tally_positions`.")
+    "Where the chunks of a batch lie. Raises `PoseError` if positions skip inside a chunk, or examples differ in their number of chunks."
+    check(w.lengths.min(initial=1) > 0 and _steady(w), "positions skip inside a chunk, or examples have different numbers of chunks; use `tally_positions`.")
     return np.take_along_axis(w.position_ids, w.lengths.cumsum(1) - w.lengths, 1), w.lengths
 
 # %% ../nbs/03_coverage.ipynb #04dd9308

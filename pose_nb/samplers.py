@@ -143,7 +143,7 @@ def digit_tokens(
 def impactful_tokens(
     extended,            # A transformers model with a longer window
     model,               # The model it came from
-    ids:torch.Tensor,    # Text, int64, shape (examples, window)
+    ids:torch.Tensor,    # Text, int64, shape (examples, window), on the device of the models
     share:float=.2,      # Part of the token types that occur, in (0, 1]
 )->tuple: # Token ids, increasing
     "The token types whose log-probability gains most, summed over the text, from `model` to `extended` (LongRecipe, section 2, with log-probabilities)."

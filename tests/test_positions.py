@@ -208,3 +208,16 @@ def test_randpos_means_are_those_of_order_statistics(window, target, golden):
     for k, mean in golden.items():
         assert abs((k + 1) * (target + 1) / (window + 1) - 1 - mean) < 1e-3
         assert abs(p[:, k].mean() - mean) < 4 * p[:, k].std() / 16
+
+
+def test_impactful_tokens_are_those_that_become_likelier():
+    import torch
+    from types import SimpleNamespace
+    from pose_nb.samplers import impactful_tokens
+    ids = torch.tensor([[0, 1, 2, 3, 1, 4, 1, 2]])
+    flat, liked = torch.zeros(1, 8, 5), torch.zeros(1, 8, 5)
+    liked[..., 1] = 3.; liked[..., 3] = 1.
+    model = lambda logits: lambda input_ids: SimpleNamespace(logits=logits + 7.)
+    assert impactful_tokens(model(liked), model(flat), ids, .25) == (1,)          # of the types that occur as next tokens: 1, 2, 3, 4
+    assert impactful_tokens(model(liked), model(flat), ids, 1.) == (1, 2, 3, 4)
+    with pytest.raises(PoseError): impactful_tokens(model(liked), model(flat), ids, 0.)
