@@ -12,7 +12,7 @@ import itertools
 
 import numpy as np
 from scipy.signal import fftconvolve
-from scipy.special import gammaln, ndtr
+from scipy.special import ndtr
 
 from .common import check
 from .even import CUTS, EvenPoSE, stretches
@@ -144,54 +144,42 @@ def e2llm_coverage(
 
 # %% ../nbs/03b_exact.ipynb #e4ecbf19
 def _log_rows(z, n):
-    "log I_n(z), complex."
+    "log I_n(z), complex; z is never a negative real number."
     root = np.sqrt(1 + 4 * z)
-    big, ratio = (1 + root) / 2, (1 - root) / (1 + root)
-    return (n + 2) * np.log(big) + np.log1p(-ratio**(n + 2)) - np.log(root)
+    return (n + 2) * np.log((1 + root) / 2) + np.log1p(-((1 - root) / (1 + root))**(n + 2)) - np.log(root)
 
-def _log_ways(z, r, target):
-    "log of the generating function of choices without a pair at distance r."
-    q, s = target // r, target % r
-    return s * _log_rows(z, q + 1) + (r - s) * _log_rows(z, q)
+def _log_ways(x, r, target):
+    "log of the generating function of choices without a pair at distance r, where each chosen position counts e^x."
+    q, s = np.divmod(target, r)
+    return s * _log_rows(np.exp(x), q + 1) + (r - s) * _log_rows(np.exp(x), q)
 
 def _radius(r, window, target):
-    "Where the generating function is concentrated at `window`: bisection on the logarithm of the radius."
-    low, high = np.full(len(r), -60.), np.full(len(r), 60.)
-    for _ in range(60):
+    "log of the radius where the mean number of chosen positions is the window: bisection; a rough one is enough."
+    low, small = np.full(len(r), np.log(window / (target - window + 1)) - 1), 1e-5j
+    high = low + 20
+    for _ in range(25):
         x = (low + high) / 2
-        mean = (_log_ways(np.exp(x + 1e-5), r, target) - _log_ways(np.exp(x - 1e-5), r, target)) / 2e-5
-        low, high = np.where(mean < window, x, low), np.where(mean < window, high, x)
-    return (low + high) / 2
+        few = _log_ways(x + small, r, target).imag < window * small.imag        # at a small angle the phase is the mean times the angle
+        low, high = np.where(few, x, low), np.where(few, high, x)
+    return x
 
 def randpos_probability(
     window:int,  # Tokens per example, at least 2
     target:int,  # Length to reach in tokens, at least `window`
 )->np.ndarray: # float64, shape (target,); entry 0 is 0
     "Exact probability that distance r occurs among `window` different positions, up to rounding."
-    out = np.ones(target); out[0] = 0
-    r = np.arange(1, target)
-    r = r[_most(r, target) >= window]                                             # else some pair is certain
-    choices = gammaln(target + 1) - gammaln(window + 1) - gammaln(target - window + 1)
+    r, out, K = np.arange(1, target), np.ones(target), 2 * max(32, int(8 * window**.5)) + 1     # odd, to stay off the negative axis
     x = _radius(r, window, target)
-    bound = _log_ways(np.exp(x), r, target) - window * x - choices                # log of an upper bound
-    r, x, bound = (a[bound > -45] for a in (r, x, bound))                         # below e^-45 the probability is 1 in float64
-    K = int(10 * window**.5) + 64
-    theta = np.arange(K // 2 + 1) * 2 * np.pi / K
-    weight = np.where((theta == 0) | (np.arange(K // 2 + 1) * 2 == K), 1, 2) / K   # the other half of the circle is its mirror image
-    ways = lambda x, b: _log_ways(np.exp(x), r[b, None], target)
-    for k in range(0, len(r), 4096):
-        b = slice(k, k + 4096)
-        y = x[b, None]
-        spread = ((ways(y + 1e-3, b) - 2 * ways(y, b) + ways(y - 1e-3, b)) / 1e-6).min()       # least variance of this block
-        near = spread * (1 - np.cos(theta)) < 45                                  # elsewhere f is below e^-45 of its top
-        f = ways(y + 1j * theta[near], b) - ways(y + 0j, b)
-        out[r[b]] = 1 - np.exp(bound[b]) * (np.exp(f - 1j * window * theta[near]).real @ weight[near])
+    choices = np.log(np.arange(target - window + 1, target + 1) / np.arange(1, window + 1)).sum()
+    for k in range(K // 2 + 1):                                                 # half the circle; the other half is its mirror image
+        turned = x + 2j * np.pi * k / K
+        term = _log_ways(turned, r, target) - window * turned - choices
+        alive = term.real > -42                                                 # below 1e-18, and it only falls from here on
+        r, x, term = r[alive], x[alive], term[alive]
+        if not len(r): break
+        out[r] -= np.exp(term).real * (2 if k else 1) / K
+    out[0] = 0
     return np.clip(out, 0, 1)
-
-def _most(r, target):
-    "The most positions without a pair at distance r."
-    q, s = target // r, target % r
-    return s * ((q + 2) // 2) + (r - s) * ((q + 1) // 2)
 
 # %% ../nbs/03b_exact.ipynb #3d25b1b0
 def _hazard(window, chunks, first_chunk='paper'):
@@ -254,7 +242,7 @@ def gap_law(
 def pose_pairs(
     window:int,   # Tokens per example
     target:int,   # Length to reach in tokens, more than `window`
-    chunks:int,   # Pieces, 1 to `window`; rounding grows with it (below 1e-6 of a pair up to 16)
+    chunks:int,   # Pieces, 1 to `window`; time grows with (chunks x window) squared
 )->np.ndarray: # float64, shape (target,); entry 0 is 0
     "Exact expected pairs at each distance, for PoSE with any number of chunks (paper's cut rule)."
     still, bias = chunk_pairs(window, chunks), bias_laws(target - window, chunks)
@@ -263,54 +251,46 @@ def pose_pairs(
     out[0] = 0
     return out
 
-# %% ../nbs/03b_exact.ipynb #0d934869
-def _outside(r, W, M, H):
-    "(M + 1) P(r is missing and chunk 2 is before or beyond, or chunk 1 is far), for a column of distances."
-    s, h = np.arange(2, W)[None], lambda i: H[np.maximum(i, 0)]                    # s: tokens of two neighbouring chunks
-    q = np.minimum(r, W) if r[0, 0] < W else np.array([[W]])                       # no chunk is longer than the window
-    low, high = np.maximum(1, s - q), np.minimum(s - 1, q)                         # the first of the two chunks
-    ways = np.maximum(high - low + 1, 0) * (s >= W - q)
-    last_two = ways / ((W - 2) * (s - 1))                                          # P(l1 + l2 = s, no chunk above r)
-    first_two = (H[W - 1 - low] - H[W - 2 - high]) * (ways > 0) / (W - 2)          # P(l0 + l1 = s, no chunk above r)
-    left, far = M - r, np.minimum(r - s, M - r)
-    # chunk 1 far away, x >= r: chunk 2 beyond, or squeezed in between
-    beyond = np.where(left >= r, left - r + 1 - r * (h(left + 1) - h(r)), 0)[:, 0] * last_two.sum(1)
-    k = np.minimum(left, r - s)
-    squeezed = np.where((left >= 0) & (r >= s), k + 1 + (r - s + 1) * (h(left + 1) - h(k + 1)), 0)
-    # chunk 1 near, x <= r - s: chunk 2 beyond, or before
-    after = np.where(far >= 0, far + 1 - r * (H[M + 1] - h(M - far)), 0)
-    before = np.where(r >= W, r - W + 1 - (M + W - r) * (H[M + 1] - h(M + W - r)), 0)[:, 0] * first_two.sum(1)
-    return beyond + before + (last_two * squeezed).sum(1) + (first_two * after).sum(1)
+# %% ../nbs/03b_exact.ipynb #c8dd9eef
+def _between_near(l, c, L, M, S2, S3):
+    "Chunk 1 before the copy of chunk 0 (l tokens), chunk 2 between the copies, summed over its 1 ... L tokens; c is r - window."
+    B = np.maximum(M - c - l, 0)                                         # places of the target beyond the copy of chunk 0
+    a, b = np.clip(B - c, 0, L), np.minimum(B, L)                        # the copy of chunk 1 is the limit up to a, the target's end up to b
+    copy = lambda j: (c + 1) * S2[c + j + 1] - S3[c + j + 1] + S3[j]
+    end = lambda j: (B - j) * S2[c + j + 1] + S3[c + j + 2] + S3[j] - j * S2[B]
+    return copy(a) - copy(0) + end(b) - end(a)
 
-# %% ../nbs/03b_exact.ipynb #93d2c367
-def _inside(r, W, M, H):
-    "(M + 1) P(r is missing, chunk 1 near and chunk 2 between), for a column of distances of at least the window."
-    t, l, h = np.arange(2, W)[None], np.arange(W)[None], lambda i: H[np.maximum(i, 0)]         # t = l1 + l2, l = l2
-    last, exists = np.minimum(M, r - W + l), (l > 0) & (l <= M)                    # of x; there is a third chunk
-    hx, start = h(M - last), (M + 2 - l) * h(M - l + 1)
-    whole = start - (M + 2 - l) * hx - (last - l + 1)                              # sum over x of (x - l2 + 1) / (M - x + 1)
-    if 2 * r.max() <= W + M: return (whole * exists) @ ((H[W - 2] - h(l - 1)) / (W - 2))[0]   # nothing is cut off
-    sums = [np.cumsum(np.broadcast_to(a * exists, hx.shape), 1) for a in (whole, start, hx, l * hx)]
-    a = np.clip(t - np.maximum(2 * r - W - M, 1), 0, np.minimum(t - 1, M))
-    b = np.clip(t - np.maximum(r - M, 1), a, np.minimum(t - 1, M))
-    upto = lambda total, i: np.take_along_axis(total, i, 1)
-    start, hx, lhx = (upto(total, b) - upto(total, a) for total in sums[1:])
-    n, l, cut, c = b - a, (b * (b + 1) - a * (a + 1)) / 2, h(r - t), M - r + t + 1  # sums of 1 and of l2 from a to b
-    part = start - cut * ((M + 2) * n - l) - (1 - cut) * (c * n - l) - (c * hx - lhx)
-    return ((upto(sums[0], a) + part) / ((W - 2) * (t - 1))).sum(1)
+def _between_far(window, M, S1, r):
+    "Chunk 1 beyond the copy of chunk 0, chunk 2 before that of chunk 1; l1 + l2 is uniform, so this is a mean over the places j left for chunk 2."
+    k, i = np.maximum(M + 1 - r, 0), np.arange(M + 2)                    # k: skips x >= r
+    line, sums = np.cumsum(i), np.cumsum(i * (1 + S1[M + 1 - i]))
+    def upto(j):
+        m = np.minimum(j, k)
+        return sums[m] - S1[r] * line[m] + k * (j - m)
+    low, high = np.maximum(r - window + 1, 0), np.minimum(r - 1, 2 * r - window + 1)
+    return (upto(np.maximum(high, low)) - upto(low)) / (window - 2)
 
+# %% ../nbs/03b_exact.ipynb #585ac40d
 def three_chunk_probability(
     window:int,  # Tokens per example, at least 3
     target:int,  # Length to reach in tokens, more than `window`
 )->np.ndarray: # float64, shape (target,); entry 0 is 0
     "Exact probability that distance r occurs in one example of PoSE with three chunks (paper's cut rule); cost grows with target x window."
-    W, M, missing = window, target - window, np.ones(target)
-    H = np.append(0., np.cumsum(1 / np.arange(1, target + 2)))                     # harmonic numbers
-    rows = max(1, 2**19 // W)                                                      # distances at a time, to bound the memory
-    for k in [*range(1, W, rows), *range(W, target, rows)]:
-        r = np.arange(k, min(k + rows, W if k < W else target))[:, None]
-        missing[r[:, 0]] = (_outside(r, W, M, H) + (_inside(r, W, M, H) if k >= W else 0)) / (M + 1)
-    return np.clip(1 - missing, 0, 1)
+    W, M, r = window, target - window, np.arange(target)
+    S1 = np.append(0, np.cumsum(np.append(1 / np.arange(M + 1, 0, -1), np.zeros(W + 2))))     # of w; zeros beyond M
+    S2 = np.cumsum(S1); S3 = np.append(0, np.cumsum(S2))
+    c, k = r[W:] - W, np.maximum(M + 1 - r, 0)
+    below = lambda j, k: S2[j] + (k - j) * S1[j]                         # sum over x < j of (k - x) w: chunk 2 beyond the copy of chunk 1
+    missing, fits, sums = _between_far(W, M, S1, r), np.zeros(target), 0.
+    missing[W:] += S2[c + 1]                                             # all three before the copy of chunk 0
+    for l in range(1, W - 1):                                            # tokens of the first chunk
+        L = W - 1 - l; p = 1 / ((W - 2) * L); sums += p                  # p: P(l, any l1); sums: P(the first two have s = l + 1)
+        fits[l:] += p * np.clip(2 * r[l:] - L, 0, L)                     # P(no chunk is longer than r)
+        s, near = l + 1, slice(max(l + 1, L), None)
+        missing[near] += sums * below(np.minimum(r[near] - s + 1, k[near]), k[near])
+        missing[W:] += p * _between_near(l, c, L, M, S2, S3)
+    missing += fits * (S2[k] - below(np.minimum(r, k), k))               # chunk 1 beyond the copy of 0, chunk 2 beyond that of 1
+    return np.where(r > 0, np.clip(1 - missing / (M + 1), 0, 1), 0)
 
 # %% ../nbs/03b_exact.ipynb #0278bf5f
 def two_chunk_laws(
@@ -334,7 +314,7 @@ def exact_coverage(
     if isinstance(sampler, E2LLM): return e2llm_coverage(sampler)
     if isinstance(sampler, RandPos): return randpos_probability(W, T), (T - r) * (r > 0) * (W * (W - 1) / (T * (T - 1)))
     if isinstance(sampler, (EarlyPoSE, EvenPoSE)) or isinstance(sampler, PoSE) and sampler.chunks == 2: return two_chunks(W, T, *two_chunk_laws(sampler))
-    if isinstance(sampler, PoSE): return three_chunk_probability(W, T) if sampler.chunks == 3 else None, pose_pairs(W, T, sampler.chunks)
+    if isinstance(sampler, PoSE) and sampler.chunks <= 16: return three_chunk_probability(W, T) if sampler.chunks == 3 else None, pose_pairs(W, T, sampler.chunks)
     return None, None
 
 # %% ../nbs/03b_exact.ipynb #cbe13bbb
@@ -347,7 +327,7 @@ def exact_positions(
     if isinstance(sampler, RandPos): return np.full(T, W / T)
     if isinstance(sampler, CREAM): return sum(q * np.where((p < e) | (p >= T - e), 1, between(np.full(x1 - x0 + 1, 1 / (x1 - x0 + 1)), p - (W - 2 * e) + 1 - x0, p - x0)) for q, e, x0, x1 in cream_cases(sampler))
     if isinstance(sampler, E2LLM): return _e2llm_positions(sampler)
-    if isinstance(sampler, PoSE): return np.sum([convolve(n, u, T) for n, u in zip(chunk_numbers(W, sampler.chunks, sampler.first_chunk), bias_laws(T - W, sampler.chunks))], 0)
+    if isinstance(sampler, PoSE) and sampler.chunks <= 16: return np.sum([convolve(n, u, T) for n, u in zip(chunk_numbers(W, sampler.chunks, sampler.first_chunk), bias_laws(T - W, sampler.chunks))], 0)
     if isinstance(sampler, (EarlyPoSE, EvenPoSE)):
         cut, skip = two_chunk_laws(sampler)
         first = 1 - np.cumsum(cut)                                          # P(token g is in the first chunk)

@@ -177,9 +177,9 @@ def time_estimate(
 
 # %% ../nbs/10d_plan.ipynb #def8334a
 def _coverage(sampler, seed):
-    "The coverage of a sampler, in seconds; None if it depends on the text."
+    "The coverage of a sampler; None if it depends on the text."
     if 'tokens' in sampler.wants: return None
-    return coverage(sampler, seed=seed, exact=getattr(sampler, 'chunks', 1) <= 2 or sampler.target <= 4096)
+    return coverage(sampler, seed=seed)
 
 def coverage_after(
     c,            # From `coverage`
