@@ -21,7 +21,7 @@ def tokens(
     "A number of tokens; `k` means 1,024."
     t = text.strip().lower()
     try: return int(t[:-1]) * 1024 if t.endswith('k') else int(t)
-    except ValueError: raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of tokens (such as 2048 or 2k)") from None
+    except ValueError: raise argparse.ArgumentTypeError(f"'{text}' is not a whole number (such as 2048, or 2k for 2,048)") from None
 
 def token_list(
     text:str,  # "256,512,1k"

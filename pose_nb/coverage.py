@@ -17,6 +17,7 @@ from .common import check, choose
 from .exact import exact_coverage, exact_positions
 from .plots import color, mark_window, token_axis
 from .positions import FIRST_CHUNK, PoSE, Sampler, Window, example_rng
+from .samplers import E2LLM
 
 # %% ../nbs/03_coverage.ipynb #4effa132
 def cross_probability(
@@ -147,7 +148,7 @@ class Coverage:
     exact_pairs:bool        # Is `pairs` exact?
     examples:int            # Draws counted; 0 if none were needed
     seed:int                # Their seed
-    block:int=0             # Every `block` consecutive examples have every distance; 0: examples are independent
+    block:int=0             # Examples b * block to b * block + block - 1 have every distance between them, for every b; 0: examples are independent
     first:int=1             # The first entry that counts: 1 for distances, 0 for positions
 
     @property
@@ -199,7 +200,7 @@ def coverage(
     return Coverage(label or _label(sampler), sampler.window, sampler.target, p if known[0] else counted[0], pairs if known[1] else counted[1], *known,
                     0 if all(known) else examples, seed, getattr(sampler, 'block', 0))
 
-def _label(sampler): return sampler.name + (f', {sampler.chunks} chunks' if isinstance(sampler, PoSE) else '')
+def _label(sampler): return sampler.name + (f', {sampler.chunks} chunks' if isinstance(sampler, PoSE) else f', original {sampler.original:,}' if isinstance(sampler, E2LLM) else '')
 
 def expected_pairs(
     sampler:Sampler,     # Any position sampler
@@ -244,7 +245,7 @@ def seen_after(
     k:int,        # Examples trained on, at least 1
     times:int=1,  # How often at least
 )->np.ndarray: # float64, shape (target,); entries below `c.first` are 0
-    "Probability that each distance has occurred in at least `times` of k examples. For even samplers it is exact after whole blocks, and before that the value of independent examples, which is too low."
+    "Probability that each distance has occurred in at least `times` of k examples. For even samplers it is 1 after `times` whole blocks; before that it is the value of independent examples, too low for `times=1`, and either way for more."
     if times == 1:
         with np.errstate(divide='ignore'): p = -np.expm1(k * np.log1p(-c.probability))
     else: p = betainc(times, k - times + 1, c.probability) if k >= times else np.zeros(c.target)      # P(binomial >= times)
@@ -270,7 +271,8 @@ def examples_needed(
 )->int: # Examples: with this many, all distances have occurred `times` times with at least that probability
     "Smallest k with `never_seen(c, k, upto, times)` at most 1 - confidence (a union bound, so enough but perhaps not necessary); whole blocks for even samplers. Raises `PoseError` if a distance has probability 0."
     check(0 < confidence < 1, f"confidence {confidence} is not between 0 and 1.")
-    check(times >= 1, f"times is {times}; it must be at least 1.")
+    check(times >= 1 and times == int(times), f"times is {times}; it must be a whole number of at least 1.")
+    check(upto is None or 1 < upto <= c.target, f"upto is {upto}; it must be from 2 to the target {c.target}.")
     if c.block: return c.block * times
     never = np.flatnonzero(c.probability[c.first:upto] == 0) + c.first
     why = 'never occur' if c.exact else f'did not occur in {c.examples} counted draws'

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .common import check, choose
-from .positions import CONTENT, FIRST_CHUNK, PoSE, Sampler, Window, _spread, example_rng
+from .positions import CONTENT, FIRST_CHUNK, PoSE, Sampler, Window, _spread, _whole, example_rng
 
 # %% ../nbs/02c_even.ipynb #c5a45587
 def stretches(
@@ -38,10 +38,12 @@ def block_draws(
     low, high = choose(cut, CUTS, 'cut rule')(window)
     block, place = np.divmod(np.asarray(index, np.int64), k)
     numbers, which = np.unique(block, return_inverse=True)
-    rngs = [example_rng(seed, 2**32 - 2, int(b)) for b in numbers]                   # an epoch that no data uses
-    drawn = [(r.integers(window - 1), r.permutation(k), r.permutation(k), r.random(k)) for r in rngs]
-    at, order, parts, within = (np.array(x).reshape(len(rngs), *shape) for x, shape in zip(zip(*drawn) if drawn else ((),) * 4, ((), (k,), (k,), (k,))))
-    skips = first + order.astype(np.int64)[which, place] * (window - 1) + at.astype(np.int64)[which]
+    n = len(numbers)
+    at, order, parts, within = np.empty(n, np.int64), np.empty((n, k), np.int64), np.empty((n, k), np.int64), np.empty((n, k))
+    for i, b in enumerate(numbers):
+        r = example_rng(seed, 2**32 - 2, int(b))                                     # an epoch that no data uses
+        at[i], order[i], parts[i], within[i] = r.integers(window - 1), r.permutation(k), r.permutation(k), r.random(k)
+    skips = first + order[which, place] * (window - 1) + at[which]
     cuts = low + ((parts[which, place] + within[which, place]) / k * (high - low + 1)).astype(np.int64)
     return np.minimum(cuts, high), np.clip(skips, 0, target - window)
 
@@ -56,6 +58,7 @@ class EvenPoSE(Sampler):
     name, wants = 'pose_even', ('place',)
 
     def __post_init__(self):
+        _whole('window', self.window, 2)
         PoSE(self.window, self.target, content=self.content)      # refuses what PoSE refuses
         choose(self.cut, CUTS, 'cut rule')
 
@@ -64,7 +67,7 @@ class EvenPoSE(Sampler):
 
     @property
     def block(self)->int:
-        "Consecutive examples in which every distance occurs."
+        "Examples b * block to b * block + block - 1 have every distance between them, for every b."
         return stretches(self.window, self.target)[0]
 
     def batch(
@@ -76,6 +79,7 @@ class EvenPoSE(Sampler):
         "A window per document. Raises `PoseError` if a document is too short."
         spare = self._lens(doc_lens) - self.window
         seed, index = place or (int(rng.integers(0, 2**62, endpoint=False)), np.arange(len(spare)) * self.block)
+        check(len(index) == len(spare), f"{len(spare)} documents and {len(index)} places were given; give one place for each document.")
         first, skip = block_draws(self.window, self.target, self.cut, seed, index)
         lengths, skips = np.stack([first, self.window - first], 1), np.stack([np.zeros_like(skip), skip], 1)
         offsets = choose(self.content, CONTENT, 'content')(skips, spare, rng)

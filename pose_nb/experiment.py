@@ -6,7 +6,7 @@
 __all__ = ['interval', 'run_arm', 'run_arms', 'ppl_at', 'keys_at', 'summarise', 'result_table']
 
 # %% ../nbs/10c_experiment.ipynb #6f766e92
-import tempfile
+import json, tempfile
 from functools import partial
 from pathlib import Path
 
@@ -29,6 +29,7 @@ def interval(
 )->tuple: # (mean, low, high)
     "Mean and its Student t interval. Raises `PoseError` for fewer than two numbers."
     x = np.asarray(list(values), float)
+    check(0 < confidence < 1, f"confidence {confidence} is not between 0 and 1.")
     check(len(x) >= 2, f"{len(x)} numbers have no spread to judge by; use at least 2 seeds.")
     low, high = stats.t.interval(confidence, len(x) - 1, x.mean(), stats.sem(x)) if np.ptp(x) else (x.mean(),) * 2
     return float(x.mean()), float(low), float(high)
@@ -49,9 +50,9 @@ def run_arm(
     path:str|Path,       # JSON file of this run; read if it is there
     trials:int=100,      # Keys per length, at least 1
     documents:int=8,     # Held-out files for perplexity
-)->dict: # arm, seed, ppl, keys, training, environment
+)->dict: # arm, seed, trials, documents, ppl, scored, keys, training, environment
     "Extend the embedded base in one way, measure, and keep the result. Raises `PoseError` if the file holds another run."
-    asked = dict(arm=arm, seed=seed, trials=trials, documents=documents)
+    asked = json.loads(json.dumps(dict(arm=arm, seed=int(seed), trials=trials, documents=documents), default=str))      # as the file will say it
     if Path(path).exists():
         done = read_json(path)
         check(all(done.get(k) == v for k, v in asked.items()), f"{path} holds another run ({ {k: done.get(k) for k in asked} }); use another folder or delete the file.")
@@ -83,7 +84,8 @@ def ppl_at(
     run:dict,    # From `run_arm`
     length:int,  # Tokens
 )->float:
-    "Perplexity at a length."
+    "Perplexity at a length. Raises `PoseError` if it was not measured."
+    check(str(length) in run['ppl'], f"perplexity was not measured at {length} tokens, but at {', '.join(run['ppl'])}.")
     return run['ppl'][str(length)]
 
 def keys_at(
@@ -103,14 +105,16 @@ def summarise(
     against:str=None,  # Arm that the others are compared with; None: no comparison
 )->list: # One dict per arm and column: mean, low, high and the same of the paired difference
     "Means over seeds with intervals, and paired differences. Raises `PoseError` for fewer than two seeds."
-    rows = []
+    check(against is None or against in runs, f"there is no arm '{against}' to compare with; choose one of: {', '.join(runs)}.")
+    rows, base = [], {r['seed']: r for r in runs[against]} if against else {}
     for name, rs in runs.items():
+        check(not against or all(r['seed'] in base for r in rs), f"arm '{name}' has seeds that '{against}' lacks, so they cannot be compared seed by seed; run both with the same seeds.")
         for what, read in readings.items():
             mean, low, high = interval(map(read, rs))
             row = dict(arm=name, what=what, seeds=len(rs), mean=mean, low=low, high=high)
             if against and name != against:
-                d, a, b = interval(read(x) - read(y) for x, y in zip(rs, runs[against]))
-                row |= dict(difference=d, d_low=a, d_high=b, clear=not a <= 0 <= b)
+                d, a, b = interval(read(r) - read(base[r['seed']]) for r in rs)
+                row |= dict(difference=d, d_low=a, d_high=b, clear=a > 0 or b < 0)
             rows.append(row)
     return rows
 

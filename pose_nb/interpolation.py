@@ -28,7 +28,7 @@ def _real(x, name, low, above=False):
 
 def _tokens(n, name):
     "`n` as a positive number of tokens."
-    check(n is not None, f"the {name} length is unknown; pass it, in tokens (the model card gives it).")
+    check(n is not None, f"the {name} length is unknown; pass it, in tokens (--{name} on the command line; the model card gives it).")
     check(isinstance(n, Real) and not isinstance(n, bool) and math.isfinite(n) and n == int(n) and n >= 1, f"the {name} length is {n!r}; give a whole number of tokens, at least 1.")
     return int(n)
 

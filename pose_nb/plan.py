@@ -14,13 +14,13 @@ from pathlib import Path
 
 import numpy as np, torch
 
-from .common import PoseError, check, hardware
+from .common import PoseError, check, choose, hardware
 from .coverage import coverage, examples_needed, never_seen, seen_after
 from .data import TokenStore, WindowDataset
 from .export import skeleton
 from .model import load_config, set_scaling
 from .rope_config import from_config
-from .samplers import get_sampler
+from .samplers import SAMPLERS, get_sampler
 from .train import TrainSettings, peak_memory, train
 from .workflow import make_sampler, make_scaling, plan_extension
 
@@ -207,7 +207,7 @@ def choose_steps(
     paper = f'the paper trains {STEPS:,} steps'
     if c is None: return STEPS, f'{paper}; what this sampler covers depends on the text'
     try: need = examples_needed(c, upto=max(2, int(.9 * c.target)))
-    except PoseError: return STEPS, f'{paper}; no number of steps lets this sampler reach all distances below nine tenths of the target'
+    except PoseError: return STEPS, f'{paper}; ' + ('no number of steps lets this sampler reach all distances below nine tenths of the target' if c.exact else f'{c.examples:,} draws are too few to say how many would reach all distances below nine tenths of the target')
     steps = math.ceil(need / batch)
     if steps > 10 * STEPS: return STEPS, f'{paper}; all distances below nine tenths of the target would need {need:.2g} windows, so choose another sampler if they matter'
     return max(STEPS, steps), f'{paper}; all distances below nine tenths of the target need {need:,} windows ({steps:,} step{"s" * (steps > 1)}) with probability 0.99'
@@ -342,7 +342,7 @@ def _planned(say, *args):
 
 def _chosen(base, s, reasons, scaling, chunks, why):
     "Values and reasons, in the order of the text."
-    first = dict(scaling='given' if scaling else why, sampler="the paper's; --sampler chooses another" if base['sampler'] == 'pose' else 'given')
+    first = dict(scaling=why if scaling is None else 'given', sampler="the paper's; --sampler chooses another" if base['sampler'] == 'pose' else 'given')
     if 'chunks' in base: first |= dict(chunks=_CHUNKS if chunks is None else 'given')
     return {k: base[k] for k in first} | {k: getattr(s, k) for k in reasons}, first | reasons
 
@@ -354,8 +354,8 @@ def _costs(shape, window, s, machine):
 
 def _calibrated(config, shape, base, s, machine):
     "`measure`, unless it obviously does not fit."
-    state = memory_estimate(shape, base['window'], 1, True, s.bf16)['state']
-    check(state <= machine.memory, f"weights, gradients and optimizer need an estimated {state:.1f} GiB and {machine.memory:.1f} GiB were found, so nothing can be measured here; plan without --calibrate, or on a larger machine.")
+    need = memory_estimate(shape, make_sampler(base).window, s.per_device_train_batch_size, s.gradient_checkpointing, s.bf16, s.loss_chunk)['total']
+    check(need <= machine.memory, f"a micro-batch needs an estimated {need:.1f} GiB and {machine.memory:.1f} GiB were found, so nothing can be measured here; plan without --calibrate, with a smaller batch, or on a larger machine.")
     return measure(config, base, s, machine)
 
 # %% ../nbs/10d_plan.ipynb #97453a67
@@ -380,11 +380,14 @@ def plan(
     trust_remote_code:bool=False,         # Run code that comes with the checkpoint
 )->dict: # Plain values, and a text
     "Say what an extension will see, need and cost, and which command does it. Raises `PoseError` for what `extend` would refuse, or if `calibrate` cannot fit."
+    sampler = choose(sampler, SAMPLERS, 'sampler').name
     asked = dict(window=window, original=original, seed=seed or None)
     wanted = dict(max_steps=max_steps, per_device_train_batch_size=per_device_train_batch_size, gradient_accumulation_steps=gradient_accumulation_steps, gradient_checkpointing=gradient_checkpointing, bf16=bf16)
     notes, config, machine = [], load_config(model, trust_remote_code), find_hardware()
-    base = _planned(notes, model, target, window, scaling or ('linear' if sampler == 'e2llm' else 'yarn'), None, None, original, sampler, 2 if chunks is None else chunks, 'uniform', 'paper', sampler_kwargs, trust_remote_code)
+    base = _planned(notes, model, target, window, ('linear' if sampler == 'e2llm' else 'yarn') if scaling is None else scaling, None, None, original, sampler, 2 if chunks is None else chunks, 'uniform', 'paper', sampler_kwargs, trust_remote_code)
     positions = make_sampler(base)
+    longest = max(base['target'], base['original'])
+    set_scaling(skeleton(config), make_scaling(base), longest, base['original'])          # refuses what extend refuses
     shape, c = model_shape(config), _coverage(positions, seed)
     s, reasons = recommend(shape, positions.window, machine, wanted, c, seed)
     recommended, reasons = _chosen(base, s, reasons, scaling, chunks, _why_scaling(config, original, base['sampler']))

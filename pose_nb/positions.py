@@ -233,7 +233,9 @@ class ExampleDraws:
         epoch:int,  # Pass over the data, 0 <= epoch < 2**64
         start:int,  # Number of the first example, at least 0
         n:int,      # How many examples, at least 0
-    ): self.key, self.start, self.n, self.calls = np.array([seed, epoch], np.uint64), start, n, 0
+    ):
+        example_rng(seed, epoch, start)                                      # refuses what is out of range
+        self.key, self.start, self.n, self.calls = np.array([seed, epoch], np.uint64), int(start), n, 0
 
     def random(self, size=None): # float64 in [0, 1), shape (n,) or `size`, whose first entry must be n
         per = math.prod(size[1:]) if isinstance(size, tuple) else 1          # numbers per example
@@ -256,16 +258,17 @@ def examples(
     doc_lens,        # Tokens of each document, at least `min_doc_len`, int, shape (n,)
     seed:int,        # Seed of the run
     epoch:int=0,     # Pass over the data
-    start:int=0,     # Number of the first example
+    start:int=0,     # Number of the first example; samplers that want `place` count it through the run and do not look at `epoch`
     tokens:list=None,# Token ids per document, for samplers that look at the text
 )->Window: # Arrays of shape (n, window)
     "Examples `start`, `start + 1`, ...: the same however they are split into batches. Raises `PoseError` as `batch` does."
+    doc_lens = np.atleast_1d(doc_lens)
     n, parts = len(doc_lens), []
     rows = 1 if 'tokens' in self.wants else max(1, 2**22 // self.target)          # how many at a time
     for i in range(0, max(n, 1), rows):
         m = min(rows, n - i)
         rng = example_rng(seed, epoch, start + i) if 'tokens' in self.wants else ExampleDraws(seed, epoch, start + i, m)
-        given = dict(tokens=tokens and tokens[i:i + m], place=(seed, np.arange(start + i, start + i + m)))
+        given = dict(tokens=None if tokens is None else tokens[i:i + m], place=(seed, np.arange(start + i, start + i + m)))
         parts.append(self.batch(doc_lens[i:i + m], rng, **{k: given[k] for k in self.wants}))
     widest = max((p.lengths.shape[1] for p in parts), default=1)
     return Window(np.concatenate([p.input_index for p in parts]), np.concatenate([p.position_ids for p in parts]),

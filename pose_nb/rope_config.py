@@ -59,6 +59,7 @@ def to_config(
 ): # `config`
     "Write `scaling` and both lengths into a config. A live model notices only when its rotary module is built anew. Raises `PoseError` as `rope_parameters` does."
     old, rp = rope_entry(config), copy.deepcopy(config.rope_parameters)
+    if getattr(config, 'head_dim', 0) is None: config.head_dim = config.hidden_size // config.num_attention_heads     # Mixtral leaves it open, and transformers' yarn cannot
     new = _entry(config, scaling, dim or rotary_dim(config), base, original, target, old.get('partial_rotary_factor'))
     kind = wide_layers(config)
     config.rope_parameters = {**rp, kind: new} if kind else new

@@ -47,7 +47,7 @@ class CREAM(Sampler):
     "Head, middle and tail with a Gaussian middle (CREAM, arXiv 2406.07138; its `src/train.py`). Raises `PoseError` when the fields cannot work together."
     window:int                  # Tokens per example
     target:int                  # Length to reach in tokens, a whole multiple of `window`, at least twice
-    sigma:float=3.              # Deviation of the virtual extension factor, in half factors; above 0
+    sigma:float=3.              # Deviation of the virtual extension factor, in half factors; from 0.001 to 1,000,000
     gaussian:str='clipped'      # How the factor is kept in bounds: "clipped" (the code) or "truncated"
     continuity:float=.5         # Share of examples with short head and tail, in [0, 1]
     name = 'cream'
@@ -57,8 +57,7 @@ class CREAM(Sampler):
         f = self.target // self.window
         check(self.target == f * self.window and f > 1, f"target {self.target} is not a whole multiple of the window {self.window}, at least twice; CREAM counts in windows, so ask for {max(2, f) * self.window} or {(max(2, f) + 1) * self.window}.")
         check(8 * f < self.window, f"head and tail of {4 * f} tokens each do not leave a middle in a window of {self.window}; use a window of more than {8 * f} tokens or a smaller target.")
-        check(self.window >= 6, f"a window of {self.window} tokens cannot be cut in three; use at least 6.")
-        _real_number('sigma', self.sigma, 0, above=True); _real_number('continuity', self.continuity, 0, high=1)
+        _real_number('sigma', self.sigma, 1e-3, high=1e6); _real_number('continuity', self.continuity, 0, high=1)
         choose(self.gaussian, GAUSSIAN, 'gaussian')
 
 # %% ../nbs/02b_samplers.ipynb #e1e67677
@@ -200,8 +199,9 @@ def batch(
     tokens:list,               # Token ids of each document, int64, shapes (doc_len,)
 )->Window: # Arrays of shape (n, window)
     "A window per document. Raises `PoseError` if a document is too short or is nowhere cut."
-    self._lens(doc_lens)
+    d = self._lens(doc_lens)
     check(tokens is not None and all(t is not None for t in tokens), f"the sampler '{self.name}' looks at the text; pass tokens=.")
+    check([len(t) for t in tokens] == d.tolist(), f"doc_lens and tokens disagree: {d.tolist()[:3]} and {[len(t) for t in tokens][:3]} tokens; give the token ids of each document.")
     rows = [self._one(np.asarray(t, np.int64), rng) for t in tokens]
     widest = max((len(l) for *_, l in rows), default=1)
     stack = lambda xs, width: np.array(xs, np.int64).reshape(len(rows), width)
@@ -217,6 +217,7 @@ class LongRecipe(Segments):
 
     def __post_init__(self):
         super().__post_init__(); _real_number('drop', self.drop, 0, high=1)
+        for i in listify(self.keep_ids): _whole('a kept id', i, 0)
         object.__setattr__(self, 'keep_ids', tuple(map(int, listify(self.keep_ids))))
 
     def _kept(self, tokens, rng):
@@ -254,16 +255,18 @@ class E2LLM(Sampler):
     window:int           # Tokens per example, R
     target:int           # Length to reach in tokens, more than `window`
     original:int=None    # Window the model was first trained on, L, at least `window`; None: `window`
-    max_scale:int=None   # Largest scale, G, at least 1; None: target / original, rounded up
-    sinks:int=4          # First tokens that are not offset, at least 0
+    max_scale:int=None   # Largest scale, G, 1 to 1024; None: target / original, rounded up
+    sinks:int=4          # First tokens that are not offset, at least 0 and below `window`
     name = 'e2llm'
 
     def __post_init__(self):
         for what in ('window', 'target'): _whole(what, getattr(self, what))
         if self.original is None: object.__setattr__(self, 'original', self.window)
         if self.max_scale is None: object.__setattr__(self, 'max_scale', -(-self.target // self.original))
-        _whole('sinks', self.sinks, 0); _whole('max_scale', self.max_scale)
-        _whole('original', self.original, self.window)
+        for what, least in (('sinks', 0), ('max_scale', 1), ('original', 1)): _whole(what, getattr(self, what), least)
+        check(self.sinks < self.window, f"sinks is {self.sinks}, and a window of {self.window} tokens needs at least one that is not; give at most {self.window - 1}.")
+        check(self.max_scale <= 1024, f"max_scale is {self.max_scale}; E2-LLM trains every scale up to it, so give at most 1024 (the paper: 20).")
+        check(self.original >= self.window, f"the window of {self.window} tokens is longer than the original one of {self.original}; e2llm trains inside it, so use a window of at most {self.original}.")
         check(self.target > self.original, f"target {self.target} is not longer than the original window {self.original}; ask for at least {self.original + 1}.")
 
     def batch(
@@ -284,7 +287,7 @@ SAMPLERS = {s.name: s for s in (PoSE, Contiguous, FullLength, RandPos, CREAM, Ea
 def get_sampler(
     name:str,    # "pose", "contiguous", "full", "randpos", "cream", "pose_early", "pose_even", "longrecipe", "turns" or "e2llm"
     window:int,  # Training window in tokens, at least 1; "full" trains on `target` tokens and does not use it
-    target:int,  # Length to reach in tokens, at least `window` (more than `window` for "pose")
+    target:int,  # Length to reach in tokens, more than `window` (or equal for "contiguous", "full", "randpos"; a whole multiple for "cream")
     **options,   # Other fields of that sampler, such as `chunks` of PoSE or `sigma` of CREAM
 )->Sampler: # The sampler
     "Make a sampler by name. Raises `PoseError` for an unknown name or option, and for values the sampler refuses."

@@ -53,6 +53,7 @@ def plan_extension(
     found, base, original = from_config(config, original)
     window = original if window is None else window
     check_exact(target)
+    check(factor is None or 1 <= factor <= 1e6, f"factor is {factor}; give a number from 1 to 1,000,000, at least target / original.")
     choose(scaling, SCALINGS, 'scaling'); sampler = choose(sampler, SAMPLERS, 'sampler').name
     check(window > 1, f"window {window} is too short; use at least 2 tokens.")
     check(target > window, f"target {target} is not longer than the window of {window} tokens; ask for a --target of at least {window + 1}.")
@@ -81,28 +82,39 @@ def _only_pose(sampler, **fields):
     changed = [k for k, (value, default) in fields.items() if sampler != 'pose' and value != default]
     check(not changed, f"{', '.join(changed)} belongs to the sampler pose, not to {sampler}; give {sampler} its own fields with --sampler-kwargs.")
 
+def _own_fields(sampler, kwargs):
+    "`sampler_kwargs`, refused where a field has an option of its own."
+    twice = [k for k in kwargs or {} if k in ('window', 'target', *(('chunks', 'content', 'first_chunk') if sampler == 'pose' else ()))]
+    check(not twice, f"{', '.join(twice)} has an option of its own; give --{twice[0].replace('_', '-') if twice else ''} instead of putting it into --sampler-kwargs.")
+    return dict(kwargs or {})
+
 # %% ../nbs/10b_workflow.ipynb #76cfbd48
 def _split_ids(tokens, tokenizer):
     "Token ids from ids or from the tokens' text."
     ids = [tokenizer.convert_tokens_to_ids(t) if isinstance(t, str) else t for t in listify(tokens)]
-    unknown = [t for t, i in zip(listify(tokens), ids) if i is None or isinstance(t, str) and i == tokenizer.unk_token_id]
+    unknown = [t for t, i in zip(listify(tokens), ids) if i is None or isinstance(t, str) and i == tokenizer.unk_token_id or isinstance(i, int) and i >= len(tokenizer)]
     check(not unknown, f"this tokenizer has no token {', '.join(map(repr, unknown[:3]))}; split_ids takes whole tokens such as <|im_start|>, or their ids.")
     return tuple(ids)
 
 def _text_fields(options, sampler, tokenizer):
     "Fields of a sampler that looks at the text; without a tokenizer any id stands for all."
-    given = options.get('split_ids')
-    if tokenizer is None: return dict(split_ids=0) if given or sampler == 'longrecipe' else {}
-    out = dict(split_ids=_split_ids(given, tokenizer) if given else sentence_ends(tokenizer))
-    return out | (dict(keep_ids=options.get('keep_ids') or digit_tokens(tokenizer)) if options.get('drop') else {})
+    given, kept = options.get('split_ids'), options.get('keep_ids')
+    if tokenizer is None: return {k: [0 if isinstance(i, str) else i for i in listify(v)] for k, v in dict(split_ids=given or ([0] if sampler == 'longrecipe' else []), keep_ids=kept).items() if v}
+    out = dict(split_ids=_split_ids(given, tokenizer)) if given else dict(split_ids=sentence_ends(tokenizer)) if sampler == 'longrecipe' else {}
+    if kept is None: return out | (dict(keep_ids=digit_tokens(tokenizer)) if options.get('drop') else {})
+    return out | dict(keep_ids=_split_ids(kept, tokenizer))
 
 def make_sampler(
     plan:dict,        # From `plan_extension`
     tokenizer=None,   # For samplers that look at the text; None only checks their other fields
 ): # The position sampler of a plan
     "Build the sampler that a plan names. Raises `PoseError` for fields it refuses, or split tokens that the tokenizer does not have."
-    name, options = plan['sampler'], {k: plan[k] for k in ('chunks', 'content', 'first_chunk') if k in plan} | plan.get('sampler_kwargs', {})
-    if name == 'e2llm': options.setdefault('original', plan['original'])
+    name = plan['sampler']
+    options = {k: plan[k] for k in ('chunks', 'content', 'first_chunk') if k in plan} | _own_fields(name, plan.get('sampler_kwargs'))
+    if name == 'e2llm':
+        options.setdefault('original', plan['original'])
+        check(options['original'] == plan['original'], f"e2llm counts from the model's original window of {plan['original']} tokens, not {options['original']}; leave it out of --sampler-kwargs, or correct it with --original.")
+        check(plan['scaling'] != 'linear' or plan['factor'] == plan['target'] / plan['original'], f"the factor {plan['factor']:g} does not suit e2llm, whose positions are made for target / original = {plan['target'] / plan['original']:g}; leave --factor out.")
     if issubclass(SAMPLERS[name], Segments): options |= _text_fields(options, name, tokenizer)
     return get_sampler(name, plan['window'], plan['target'], **options)
 
@@ -134,7 +146,8 @@ def make_dataset(
     parts = [(WindowDataset(store, sampler, seed, bos, mask_seam=mask_seam), text)]
     if passkey_share: parts.append((GeneratedDataset(PasskeyDocuments(tokenizer, store), sampler, seed), passkey_share))
     if copy_share: parts.append((GeneratedDataset(CopyDocuments(tokenizer, store), sampler, seed), copy_share))
-    for d, _ in parts: d[0]      # a generator refuses a window that is too short for it
+    for d, _ in parts:           # a generator refuses a window that is too short for it
+        check(bool((d[0]['labels'][1:] != -100).any()), f"a window of {sampler.window} tokens leaves nothing to train on, since the label after the seam is masked; use a larger --window, or --keep-seam.")
     return parts[0][0] if len(parts) == 1 else Mixture(parts, seed)
 
 # %% ../nbs/10b_workflow.ipynb #d7cda6f7
@@ -397,8 +410,10 @@ def coverage_report(
     "Which relative distances training meets. Raises `PoseError` for sizes that cannot be."
     sampler = choose(sampler, SAMPLERS, 'sampler').name
     _only_pose(sampler, chunks=(chunks, 2), first_chunk=(first_chunk, 'paper'))
-    options = (dict(chunks=chunks, first_chunk=first_chunk) if sampler == 'pose' else {}) | (sampler_kwargs or {})
-    for name, value in dict(examples=examples, times=times).items(): check(value >= 1, f"{name} is {value}; it must be at least 1.")
+    options = (dict(chunks=chunks, first_chunk=first_chunk) if sampler == 'pose' else {}) | _own_fields(sampler, sampler_kwargs)
+    check_exact(target)
+    check(window > 1, f"a window of {window} tokens has no distances; use at least 2.")
+    for name, value in dict(examples=examples, times=times).items(): check(1 <= value <= 10**12, f"{name} is {value}; it must be from 1 to 10**12.")
     c = coverage(get_sampler(sampler, window, target, **options), seed=seed)
     p, probe = c.probability, sorted({1, window // 2, window - 1, window, target // 2, target - 2, target - 1})
     rows = [dict(distance=r, probability=float(p[r]), pairs=float(c.pairs[r])) for r in probe if 0 < r < target]
@@ -406,7 +421,7 @@ def coverage_report(
     if plot: use_style(); save_figure(plot_coverage([c]), plot)
     how = 'exact' if c.exact else f'estimated from {c.examples} draws, seed {seed}'
     return summary | dict(text=f"{c.label}, {window:,} -> {target:,} tokens ({how})\n{table(rows, 6).to_string(index=False)}\n"
-                               f"of {target - 1:,} distances, {summary['never_met']:,} can never occur; after {examples:,} windows {summary['expected_unseen']:,.1f} are expected to be unmet\n"
+                               f"of {target - 1:,} distances, {summary['never_met']:,} {'can never occur' if c.exact else f'did not occur in {c.examples:,} draws'}; after {examples:,} windows {summary['expected_unseen']:,.1f} are expected to be unmet\n"
                                + (f"every distance at least {times} time{'s' * (times > 1)}: {summary['needed']:{',' if summary['needed'] < 10**12 else '.1e'}} windows" + (' (certain)' if c.block else f" (with probability .99{'' if c.exact else ', as far as the draws tell'})") if summary['needed'] else ''))
 
 # %% ../nbs/10b_workflow.ipynb #0d8a9bf7

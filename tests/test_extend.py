@@ -116,7 +116,7 @@ def test_every_sampler_trains(sampler, options, checkpoint, corpus, tmp_path):
     (['--sampler', 'turns', '--sampler-kwargs', '{"split_ids": [44]}'], 'contains a split token'), (['--sampler', 'longrecipe'], 'contains a split token'),
     (['--sampler', 'turns', '--sampler-kwargs', '{"split_ids": ["Ġwind"]}', '--window', '256', '--target', '512', '--passkey-share', '.5'], 'occurs in a document of'),
     (['--sampler', 'cream', '--chunks', '3'], 'chunks belongs to the sampler pose'), (['--sampler', 'cream', '--sampler-kwargs', '{"sigma": 0}'], 'sigma is 0'),
-    (['--sampler', 'cream', '--target', '200'], 'not a whole multiple'), (['--sampler', 'cream', '--target', '512'], 'do not leave a middle'), (['--sampler', 'e2llm', '--window', '128'], 'original is 64'),
+    (['--sampler', 'cream', '--target', '200'], 'not a whole multiple'), (['--sampler', 'cream', '--target', '512'], 'do not leave a middle'), (['--sampler', 'e2llm', '--window', '128'], 'longer than the original one'),
     (['--sampler', 'pose_even', '--content', 'aligned'], 'content belongs to the sampler pose'), (['--sampler', 'pose_even', '--sampler-kwargs', '{"cut": "third"}'], "unknown cut rule 'third'")])
 def test_samplers_refuse_in_one_sentence(words, says, checkpoint, corpus, cli, tmp_path):
     options = {} if '--target' in words else dict(target=TARGET)

@@ -26,7 +26,9 @@ def samplers(draw):
     if name == 'pose_even': return EvenPoSE(window, target, draw(st.sampled_from(sorted(CUTS))), draw(st.sampled_from(sorted(CONTENT))))
     if name == 'longrecipe': return LongRecipe(window, target, (1, 2), draw(st.sampled_from((0., .5, 1.))), (3,))
     if name == 'turns': return Turns(window, target, (1, 2))
-    if name == 'e2llm': return E2LLM(window, target + draw(st.integers(1, 9)), min(target, window + draw(st.integers(0, 5))), draw(st.integers(1, 9)), draw(st.integers(0, 6)))
+    if name == 'e2llm':
+        sinks = draw(st.integers(0, min(6, window - 1)))
+        return E2LLM(window, target + draw(st.integers(1, 9)), min(target, window + draw(st.integers(0, 5))), draw(st.integers(1, 9)), sinks)
     if name != 'pose': return get_sampler(name, window, target)
     first = draw(st.sampled_from(sorted(FIRST_CHUNK)))
     chunks = draw(st.integers(1, min(window, 2 if first == 'code' else 6)))
@@ -195,7 +197,7 @@ def test_samplers_are_values_and_travel():
     lambda: PoSE(8, 20, content='x'), lambda: PoSE(8, 20, first_chunk='x'), lambda: Contiguous(8, 7), lambda: FullLength(0), lambda: RandPos(8, 7), lambda: RandPos(8, 20.),
     lambda: get_sampler('x', 8, 20), lambda: get_sampler('pose', 8, 20, chunk=2), lambda: get_sampler('full', 8, 20, chunks=2), lambda: example_rng(0, -1, 0),
     lambda: example_rng(2**64, 0, 0), lambda: example_rng(.5, 0, 0), lambda: chunk_positions([1, 2], [3, 2]), lambda: chunk_positions([0, 2], [0, 2]), lambda: chunk_positions([[1, 2], [1, 3]], [[0, 1], [0, 1]]),
-    lambda: EvenPoSE(8, 20, cut='x'), lambda: EvenPoSE(1, 9), lambda: E2LLM(8, 8), lambda: E2LLM(8, 20, original=7), lambda: E2LLM(8, 20, max_scale=0), lambda: E2LLM(8, 20, sinks=-1),
+    lambda: EvenPoSE(8, 20, cut='x'), lambda: EvenPoSE(1, 9), lambda: E2LLM(8, 8), lambda: E2LLM(8, 20, original=7), lambda: E2LLM(8, 20, max_scale=0), lambda: E2LLM(8, 20, sinks=-1), lambda: E2LLM(8, 20, sinks=8), lambda: E2LLM(8, 20, max_scale=2000), lambda: CREAM(64, 192, sigma=float('inf')), lambda: LongRecipe(8, 20, (1,), .5, (1.7,)), lambda: PoSE(8, 20).examples([9], -1), lambda: Turns(4, 20, (1,)).batch([6, 6], example_rng(0, 0, 0), [np.ones(6, int)]),
     lambda: Turns(8, 20), lambda: Turns(8, 20, (1.5,)), lambda: Turns(8, 8, (1,)), lambda: LongRecipe(8, 20, (1,), drop=2.), lambda: Turns(4, 20, (1,))(6, example_rng(0, 0, 0)),
     lambda: Turns(4, 20, (1,))(6, example_rng(0, 0, 0), np.zeros(6, int)), lambda: Turns(4, 20, (1,))(6, example_rng(0, 0, 0), np.array([1, 0, 0, 0, 0, 0])),
     lambda: CREAM(64, 512, sigma=-1.), lambda: CREAM(64, 512), lambda: chunk_positions([1, 2], [0]), lambda: rising_biases(-1, 2, 3, example_rng(0, 0, 0)), lambda: rising_biases(np.array([3, -1]), 2, 2, example_rng(0, 0, 0))])
