@@ -187,7 +187,7 @@ def test_json_with_an_error_prints_no_json(extend): assert_refused(extend(target
 @pytest.mark.parametrize('words,says', [
     (['extned'], 'unknown command'), (['eval'], 'eval ppl'), (['eval', 'pll'], 'eval ppl'), (['extend'], 'required'), (['coverage', '--window', '8'], '--target'),
     (['coverage', '--window', '8', '--target', '64', '--wat'], '--wat'), (['coverage', '--window', '64', '--target', '8'], 'target 8'), (['coverage', '--window', '-4', '--target', '64'], '-4'),
-    (['coverage', '--window', '64', '--target', '10000000000000'], 'memory'), (['coverage', '--window', '64', '--target', '256', '--sampler', 'posh'], 'randpos'), (['coverage', '--window', '64', '--target', '256', '--examples', '0'], 'examples'),
+    (['coverage', '--window', '64', '--target', '10000000000000'], '16,777,216'), (['coverage', '--window', '64', '--target', '256', '--sampler', 'posh'], 'randpos'), (['coverage', '--window', '64', '--target', '256', '--examples', '0'], 'examples'),
     (['coverage', '--window', '64', '--target', '256', '--plot', '/dev/null/x.svg'], 'x.svg'), (['coverage', '--window', '64', '--target', '256', '--plot', 'x.docx'], 'x.docx'),
     (['demo', '--output-dir', '/dev/null/x'], 'cannot create'), (['demo', '--trials', '0', '--output-dir', 'demo_out'], 'trials'), (['demo', '--documents', '0', '--output-dir', 'demo_out'], 'documents'),
 ], ids=lambda x: ' '.join(x) if isinstance(x, list) else '')

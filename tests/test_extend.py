@@ -202,3 +202,29 @@ def test_a_scheme_that_could_not_be_saved_is_refused_before_training(corpus, cli
     assert r.code == 2 and 'cannot express dynamic' in r.err and not (tmp_path/'out').exists()
     assert cli(*extend_args(tmp_path/'phi3', corpus.jsonl, tmp_path/'out', scaling='yarn')).code == 0
     assert rope_info(load_model(tmp_path/'out', device='cpu')).scaling.name == 'yarn'
+
+
+@pytest.mark.parametrize('words,says', [
+    (['--sampler-kwargs', '{"chunks": 3}'], 'chunks has an option of its own'), (['--sampler', 'cream', '--sampler-kwargs', '{"window": 5}'], 'window has an option of its own'),
+    (['--sampler', 'cream', '--sampler-kwargs', '{"sigma": Infinity}'], 'sigma is inf'), (['--sampler', 'e2llm', '--sampler-kwargs', '{"max_scale": 1000000}'], 'max_scale is 1000000'),
+    (['--sampler', 'turns', '--sampler-kwargs', '{"split_ids": [-5]}'], 'a split id is -5'), (['--target', '33554432'], '16,777,216'), (['--sampler', 'e2llm', '--sampler-kwargs', '{"original": 200}'], 'original window'),
+    (['--calibrate', '--per-device-train-batch-size', '100000000', '--no-gradient-checkpointing'], 'nothing can be measured')])
+def test_plan_refuses_what_extend_would(words, says, checkpoint, cli):
+    r = cli('plan', checkpoint(), *([] if '--target' in words else ['--target', str(TARGET)]), *words)
+    assert r.code == 2 and says in r.err and 'Traceback' not in r.err, r.err
+
+
+def test_a_window_that_leaves_nothing_to_train_on_is_refused(checkpoint, corpus, cli, tmp_path):
+    r = cli(*extend_args(checkpoint(), corpus.jsonl, tmp_path/'o', window=2))
+    assert r.code == 2 and 'leaves nothing to train on' in r.err and not (tmp_path/'o').exists()
+
+
+def test_yarn_extends_a_config_that_leaves_the_head_size_open(tmp_path, corpus, cli):
+    "MixtralConfig says head_dim=None, and the yarn of transformers multiplies it."
+    from conftest import SMALL, make_tokenizer
+    from transformers import AutoModelForCausalLM, MixtralConfig
+    base = tmp_path/'base'
+    AutoModelForCausalLM.from_config(MixtralConfig(**SMALL, vocab_size=300, num_local_experts=2, num_experts_per_tok=1, sliding_window=None)).save_pretrained(base); make_tokenizer().save_pretrained(base)
+    for words in (['plan', base, '--target', str(TARGET)], extend_args(base, corpus.jsonl, tmp_path/'o', max_steps=1)):
+        r = cli(*words)
+        assert r.code == 0, r.err
