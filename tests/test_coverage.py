@@ -127,3 +127,18 @@ def test_requests_that_cannot_be_met():
                 lambda: tally_chunks(w, 20), lambda: tally_positions(w, 20), lambda: two_chunk_pairs(20, 20),
                 lambda: cross_probability(20, 20), lambda: two_chunk_probability(1, 5), lambda: two_chunk_pairs(1, 5), lambda: two_chunk_pairs(4, 9, 'x')):
         with pytest.raises(PoseError): bad()
+
+@pytest.mark.parametrize('s', [PoSE(20, 70), PoSE(20, 70, first_chunk='code'), PoSE(20, 70, 3), PoSE(20, 30, 3), RandPos(20, 70), EarlyPoSE(20, 70), E2LLM(20, 70), *(EvenPoSE(20, 70, c) for c in CUTS)], ids=repr)
+def test_every_promised_distance_and_position_has_mass(s):
+    p, pairs = exact_coverage(s)
+    assert (p[1:] > 0).all() and (pairs[1:] > 0).all()
+    if not isinstance(s, E2LLM): assert (exact_positions(s) > 0).all()
+
+def test_cream_always_has_both_ends():
+    p, used = exact_coverage(CREAM(40, 160))[0], exact_positions(CREAM(40, 160))
+    assert p[159] == 1 and used[0] == used[159] == 1
+
+def test_names_in_capitals_mean_the_same():
+    a, b = CREAM(40, 160, gaussian='Truncated'), CREAM(40, 160, gaussian='truncated')
+    assert (exact_coverage(a)[0] == exact_coverage(b)[0]).all() and (exact_positions(PoSE(8, 32, first_chunk='Code')) == exact_positions(PoSE(8, 32, first_chunk='code'))).all()
+    assert (exact_coverage(EvenPoSE(8, 32, 'Half'))[0] == exact_coverage(EvenPoSE(8, 32, 'half'))[0]).all()
