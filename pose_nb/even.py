@@ -63,7 +63,9 @@ class EvenPoSE(Sampler):
         choose(self.cut, CUTS, 'cut rule')
 
     @property
-    def min_doc_len(self)->int: return PoSE(self.window, self.target, content=self.content).min_doc_len
+    def min_doc_len(self)->int:
+        "Tokens that a document must have: the window, or the target for aligned text."
+        return PoSE(self.window, self.target, content=self.content).min_doc_len
 
     @property
     def block(self)->int:

@@ -16,7 +16,7 @@ from scipy.special import ndtr
 
 from .common import check, choose
 from .even import CUTS, EvenPoSE, stretches
-from .positions import FIRST_CHUNK, Contiguous, FullLength, PoSE, RandPos
+from .positions import Contiguous, FullLength, PoSE, RandPos
 from .samplers import CREAM, E2LLM, GAUSSIAN, EarlyPoSE, clipped_normal
 
 # %% ../nbs/03b_exact.ipynb #38d31f88
@@ -121,24 +121,25 @@ def _meet(a, b, start, size):
     return np.clip(np.minimum(r - start + a, start + b - r), 0, min(a, b)).astype(float)
 
 # %% ../nbs/03b_exact.ipynb #89c667d8
+def _e2llm_scales(s):
+    "For each scale: how far apart in whole steps, the whole number that rounds to, the first and last step for each whole number (halves up), the law of the offset."
+    for g in range(1, s.max_scale + 1):
+        j, t = np.arange(g * s.original), g * s.original - s.window
+        rounded = (2 * j * s.target + g * s.original) // (2 * g * s.original)
+        first, last = (np.searchsorted(rounded, np.arange(s.target), side) for side in ('left', 'right'))
+        yield j, rounded, first, last - 1, np.full(t + 1, 1 / (t + 1))
+
 def e2llm_coverage(
     s:E2LLM,  # The sampler
 )->tuple: # (probability, pairs), float64, each (target,); entries 0 are 0
     "Exact coverage of E2-LLM; a distance occurs if that of a pair rounds to it, halves up."
     W, T, r, k = s.window, s.target, np.arange(s.target), s.sinks
     probability, pairs = np.zeros(T), np.zeros(T)
-    for g in range(1, s.max_scale + 1):
-        if g * s.original < W: continue
-        t = g * s.original - W                                                     # largest offset
-        j = np.arange(g * s.original)                                              # how far apart, before scaling
-        rounded = (2 * j * T + g * s.original) // (2 * g * s.original)             # whole numbers only
-        first, last = np.searchsorted(rounded, r), np.searchsorted(rounded, r, 'right') - 1
-        offsets = np.full(t + 1, 1 / (t + 1))
-        sliding = min(k, W - k) > 0                                                # are there pairs of a sink and another token?
-        meets = between(offsets, first - W + 1, last - 1) if sliding else 0.
-        sure = np.maximum(first, 1) < max(W - k, min(k, W))
+    for j, rounded, first, last, offsets in _e2llm_scales(s):
+        meets = between(offsets, first - W + 1, last - 1) if k else 0.             # a sink and another token
+        sure = np.maximum(first, 1) < max(W - k, k)
         probability += np.where(first <= last, np.where(sure, 1, meets), 0) / s.max_scale
-        n = np.maximum(W - k - j, 0) + np.maximum(min(k, W) - j, 0) + (convolve(_meet(k, W - k, k, W), offsets, len(j)) if sliding else 0)
+        n = np.maximum(W - k - j, 0) + np.maximum(k - j, 0) + (convolve(_meet(k, W - k, k, W), offsets, len(j)) if k else 0)
         pairs += np.bincount(rounded[1:], n[1:], T + 1)[:T] / s.max_scale                  # what rounds to the target is no distance below it
     return np.where(r > 0, probability, 0), np.where(r > 0, pairs, 0)
 
@@ -182,21 +183,19 @@ def randpos_probability(
     return np.clip(out, 0, 1)
 
 # %% ../nbs/03b_exact.ipynb #3d25b1b0
-def _hazard(window, chunks, first_chunk='paper'):
+def _hazard(window, chunks):
     "P(the next token is in the next chunk), given the chunk of this one, float64, shape (chunks, window)."
-    end = np.arange(window - chunks + 1, window + 1)[:, None]
-    if choose(first_chunk, FIRST_CHUNK, 'first-chunk rule') is FIRST_CHUNK['code']: end[0] = (window + 1) // 2
-    with np.errstate(divide='ignore'): h = np.where(np.arange(window) < end, 1 / np.maximum(end - np.arange(window), 1), 0)
+    left = np.arange(window - chunks + 1, window + 1)[:, None] - np.arange(window)      # places where the chunk may still end
+    h = (left > 0) / np.maximum(left, 1)
     h[-1] = 0                                                                     # after the last chunk comes nothing
     return h
 
 def chunk_numbers(
-    window:int,                # Tokens per example
-    chunks:int,                # Pieces, 1 to `window`
-    first_chunk:str='paper',   # Cut rule; "code" for two chunks only
+    window:int,   # Tokens per example
+    chunks:int,   # Pieces, 1 to `window`
 )->np.ndarray: # float64, shape (chunks, window)
-    "P(token a is in chunk i)."
-    h, p = _hazard(window, chunks, first_chunk), np.zeros((chunks, window))
+    "P(token a is in chunk i), by the paper's cut rule."
+    h, p = _hazard(window, chunks), np.zeros((chunks, window))
     p[0, 0] = 1
     for a in range(window - 1):
         goes = p[:, a] * h[:, a]
@@ -304,6 +303,8 @@ def two_chunk_laws(
     if isinstance(s, EvenPoSE): return uniform_cuts(W, *choose(s.cut, CUTS, 'cut rule')(W)), even_skips(W, s.target)
     return uniform_cuts(W, *choose(s.first_chunk, CUTS, 'first-chunk rule')(W)), np.full(M + 1, 1 / (M + 1))
 
+def _two(s): return isinstance(s, (EarlyPoSE, EvenPoSE)) or isinstance(s, PoSE) and s.chunks == 2
+
 def _dense(s): return s.window == s.target or isinstance(s, (Contiguous, FullLength)) or isinstance(s, PoSE) and s.chunks == 1
 
 def exact_coverage(
@@ -315,7 +316,7 @@ def exact_coverage(
     if isinstance(sampler, CREAM): return cream_coverage(sampler)
     if isinstance(sampler, E2LLM): return e2llm_coverage(sampler)
     if isinstance(sampler, RandPos): return randpos_probability(W, T), (T - r) * (r > 0) * (W * (W - 1) / (T * (T - 1)))
-    if isinstance(sampler, (EarlyPoSE, EvenPoSE)) or isinstance(sampler, PoSE) and sampler.chunks == 2: return two_chunks(W, T, *two_chunk_laws(sampler))
+    if _two(sampler): return two_chunks(W, T, *two_chunk_laws(sampler))
     if isinstance(sampler, PoSE) and sampler.chunks <= 16: return three_chunk_probability(W, T) if sampler.chunks == 3 and W * T <= 2**30 else None, pose_pairs(W, T, sampler.chunks)
     return None, None
 
@@ -329,21 +330,17 @@ def exact_positions(
     if isinstance(sampler, RandPos): return np.full(T, W / T)
     if isinstance(sampler, CREAM): return sum(q * np.where((p < e) | (p >= T - e), 1, between(np.full(x1 - x0 + 1, 1 / (x1 - x0 + 1)), p - (W - 2 * e) + 1 - x0, p - x0)) for q, e, x0, x1 in cream_cases(sampler))
     if isinstance(sampler, E2LLM): return _e2llm_positions(sampler)
-    if isinstance(sampler, PoSE) and sampler.chunks <= 16: return np.sum([convolve(n, u, T) for n, u in zip(chunk_numbers(W, sampler.chunks, sampler.first_chunk), bias_laws(T - W, sampler.chunks))], 0)
-    if isinstance(sampler, (EarlyPoSE, EvenPoSE)):
+    if _two(sampler):
         cut, skip = two_chunk_laws(sampler)
         first = 1 - np.cumsum(cut)                                          # P(token g is in the first chunk)
-        if isinstance(sampler, EvenPoSE): return np.pad(first, (0, T - W)) + convolve(1 - first, skip, T)
-        one = np.full(T - W + 1, 1 / (T - W + 1))
-        return convolve(first, one, T) + convolve(1 - first, np.cumsum(one / np.arange(T - W + 1, 0, -1)), T)
+        if not isinstance(sampler, EarlyPoSE): return np.pad(first, (0, T - W)) + convolve(1 - first, skip, T)
+        _, one, two = bias_laws(T - W, 3)                                   # the skips that PoSE's chunks 1 and 2 would have
+        return convolve(first, one, T) + convolve(1 - first, two, T)
+    if isinstance(sampler, PoSE) and sampler.chunks <= 16: return np.sum([convolve(n, u, T) for n, u in zip(chunk_numbers(W, sampler.chunks), bias_laws(T - W, sampler.chunks))], 0)
 
 def _e2llm_positions(s):
     "The first tokens stand still, the others slide by t."
-    used, p = np.zeros(s.target), np.arange(s.target)
-    for g in (g for g in range(1, s.max_scale + 1) if g * s.original >= s.window):
-        j, t, k = np.arange(g * s.original), g * s.original - s.window, min(s.sinks, s.window)
-        rounded = np.minimum((2 * j * s.target + g * s.original) // (2 * g * s.original), s.target - 1)
-        first, last = np.searchsorted(rounded, p), np.searchsorted(rounded, p, 'right') - 1
-        slid = between(np.full(t + 1, 1 / (t + 1)), first - s.window + 1, last - k) if k < s.window else 0.
-        used += np.where(first > last, 0, np.where(first < k, 1, slid)) / s.max_scale
+    used, k = np.zeros(s.target), s.sinks
+    for _, _, first, last, offsets in _e2llm_scales(s):
+        used += np.where(first > last, 0, np.where(first < k, 1, between(offsets, first - s.window + 1, last - k))) / s.max_scale
     return used

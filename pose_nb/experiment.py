@@ -7,7 +7,6 @@ __all__ = ['interval', 'run_arm', 'run_arms', 'ppl_at', 'keys_at', 'summarise', 
 
 # %% ../nbs/10c_experiment.ipynb #6f766e92
 import json, tempfile
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +14,8 @@ from scipy import stats
 from tqdm.auto import tqdm
 
 from .common import check, environment, read_json, write_json
-from .data import stdlib_documents, tokenize
 from .model import default_base, load_model, load_tokenizer
-from .perplexity import perplexity
-from .retrieval import passkey
-from .train import TrainSettings
-from .workflow import DEMO, DEMO_LENGTHS, DEMO_MIX, DEMO_TARGET, _threads, extend
+from .workflow import DEMO, DEMO_MIX, DEMO_TARGET, _demo_documents, _demo_scores, _threads, extend
 
 # %% ../nbs/10c_experiment.ipynb #0759d1c1
 def interval(
@@ -37,12 +32,9 @@ def interval(
 # %% ../nbs/10c_experiment.ipynb #697ab7dd
 def _measure(net, tokenizer, trials, documents, seed):
     "Perplexity per length, and [length, depth, found] per key."
-    store = tokenize(stdlib_documents('heldout').values(), tokenizer, progress=False)
-    docs = [store[i][:2560] for i in range(len(store)) if len(store[i]) >= 2560][:documents]
-    ppl = perplexity(net, docs, DEMO_LENGTHS, progress=False, bos=tokenizer.bos_token_id)
-    keys = passkey(net, tokenizer, DEMO_LENGTHS, trials=trials, seed=seed + 1000, progress=False).trials
+    ppl, keys = _demo_scores(net, tokenizer, _demo_documents(tokenizer, documents, 2560, False), trials, seed, False)
     return dict(ppl={str(r.length): r.ppl for r in ppl.rows}, scored=ppl.rows[-1].scored,
-                keys=[[t['length'], t['before'] / max(t['units'], 1), bool(t['right'])] for t in keys])
+                keys=[[t['length'], t['before'] / max(t['units'], 1), bool(t['right'])] for t in keys.trials])
 
 def run_arm(
     arm:dict,            # Arguments of `extend`, such as {"sampler": "cream"}; they replace the demo's

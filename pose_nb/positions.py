@@ -237,7 +237,8 @@ class ExampleDraws:
         example_rng(seed, epoch, start)                                      # refuses what is out of range
         self.key, self.start, self.n, self.calls = np.array([seed, epoch], np.uint64), int(start), n, 0
 
-    def random(self, size=None): # float64 in [0, 1), shape (n,) or `size`, whose first entry must be n
+    def random(self, size=None): # float64, shape (n,) or `size`, whose first entry must be n
+        "Uniform numbers in [0, 1)."
         per = math.prod(size[1:]) if isinstance(size, tuple) else 1          # numbers per example
         self.calls += 1
         block, skip = divmod(self.start * per, 4)                            # Philox makes four numbers per count
@@ -246,10 +247,13 @@ class ExampleDraws:
         return u.reshape(size if isinstance(size, tuple) else self.n)
 
     def integers(self, low, high, size=None, endpoint=False): # int64, shape (n,)
+        "Uniform whole numbers from `low` to `high`, numbers or one per example; `high` itself only with `endpoint`."
         count = np.asarray(high) - low + endpoint
         return low + np.minimum((self.random() * count).astype(np.int64), count - 1)      # the minimum only undoes rounding
 
-    def normal(self, mean, sigma, size=None): return mean + sigma * ndtri(self.random())  # float64, shape (n,)
+    def normal(self, mean, sigma, size=None): # float64, shape (n,)
+        "Normally distributed numbers."
+        return mean + sigma * ndtri(self.random())
 
 # %% ../nbs/02_positions.ipynb #0a9eda15
 @patch

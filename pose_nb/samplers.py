@@ -278,7 +278,7 @@ class E2LLM(Sampler):
         n = len(self._lens(doc_lens))
         g = rng.integers(1, self.max_scale, n, endpoint=True)
         t = rng.integers(0, g * self.original - self.window, endpoint=True)
-        cut = [k for k in (min(self.sinks, self.window), self.window - self.sinks) if k > 0]
+        cut = [k for k in (self.sinks, self.window - self.sinks) if k]
         return Window(np.tile(np.arange(self.window), (n, 1)), e2_positions(self.window, g, t, self.sinks) * (self.target / self.original), np.tile(cut, (n, 1)))
 
 # %% ../nbs/02b_samplers.ipynb #3b33369a

@@ -97,12 +97,12 @@ def _split_ids(tokens, tokenizer):
     return tuple(ids)
 
 def _text_fields(options, sampler, tokenizer):
-    "Fields of a sampler that looks at the text; without a tokenizer any id stands for all."
-    given, kept = options.get('split_ids'), options.get('keep_ids')
-    if tokenizer is None: return {k: [0 if isinstance(i, str) else i for i in listify(v)] for k, v in dict(split_ids=given or ([0] if sampler == 'longrecipe' else []), keep_ids=kept).items() if v}
-    out = dict(split_ids=_split_ids(given, tokenizer)) if given else dict(split_ids=sentence_ends(tokenizer)) if sampler == 'longrecipe' else {}
-    if kept is None: return out | (dict(keep_ids=digit_tokens(tokenizer)) if options.get('drop') else {})
-    return out | dict(keep_ids=_split_ids(kept, tokenizer))
+    "Token ids of a sampler that looks at the text; without a tokenizer 0 stands for every token that is named by its text."
+    ids = lambda v: tuple(0 if isinstance(i, str) else i for i in listify(v)) if tokenizer is None else _split_ids(v, tokenizer)
+    out = {k: ids(options[k]) for k in ('split_ids', 'keep_ids') if options.get(k) is not None}
+    if sampler == 'longrecipe' and not out.get('split_ids'): out['split_ids'] = (0,) if tokenizer is None else sentence_ends(tokenizer)
+    if options.get('drop') and 'keep_ids' not in out and tokenizer is not None: out['keep_ids'] = digit_tokens(tokenizer)
+    return out
 
 def make_sampler(
     plan:dict,        # From `plan_extension`
@@ -446,10 +446,21 @@ def _demo_model(name, sampler, scaling, out, seed, progress):
     if record['status'] == 'stopped': raise KeyboardInterrupt
     return load_model(out/name), record
 
+def _demo_documents(tokenizer, documents, max_tokens, progress):
+    "The held-out files that are long enough, as tokens."
+    store = tokenize(stdlib_documents('heldout').values(), tokenizer, progress=progress)
+    docs = [store[i][:max_tokens] for i in range(len(store)) if len(store[i]) >= max_tokens][:documents]
+    check(docs, f"no held-out file has {max_tokens} tokens (the longest has {store.lengths.max()}); use a smaller --max-tokens.")
+    return docs
+
+def _demo_scores(net, tokenizer, documents, trials, seed, progress):
+    "Perplexity and passkey retrieval of one model, as their pages return them."
+    return (perplexity(net, documents, DEMO_LENGTHS, progress=progress, bos=tokenizer.bos_token_id),
+            passkey(net, tokenizer, DEMO_LENGTHS, trials=trials, seed=seed + 1000, progress=progress))
+
 def _demo_measure(net, tokenizer, documents, trials, seed, progress):
     "Perplexity and passkey accuracy of one model."
-    ppl = perplexity(net, documents, DEMO_LENGTHS, progress=progress, bos=tokenizer.bos_token_id)
-    keys = passkey(net, tokenizer, DEMO_LENGTHS, trials=trials, seed=seed + 1000, progress=progress)
+    ppl, keys = _demo_scores(net, tokenizer, documents, trials, seed, progress)
     return dict(ppl={r.length: r.ppl for r in ppl.rows}, scored=ppl.rows[-1].scored, passkey=keys.accuracy, interval=keys.intervals)
 
 # %% ../nbs/10b_workflow.ipynb #36a47b55
@@ -467,9 +478,7 @@ def demo(
     for name, value in dict(trials=trials, documents=documents, max_tokens=max_tokens, threads=threads).items(): check(value >= 1, f"{name} is {value}; it must be at least 1.")
     out, tokenizer = claim_folder(output_dir), load_tokenizer(default_base())
     with _threads(threads):
-        store = tokenize(stdlib_documents('heldout').values(), tokenizer, progress=progress)
-        docs = [store[i][:max_tokens] for i in range(len(store)) if len(store[i]) >= max_tokens][:documents]
-        check(docs, f"no held-out file has {max_tokens} tokens (the longest has {store.lengths.max()}); use a smaller --max-tokens.")
+        docs = _demo_documents(tokenizer, documents, max_tokens, progress)
         results, variants = {}, demo_variants(all)
         for i, (name, (sampler, scaling)) in enumerate(variants.items()):
             if progress: print(f"[{i + 1}/{len(variants)}] {name}: {_DEMO_SAYS[name]}", file=sys.stderr, flush=True)

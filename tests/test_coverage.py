@@ -3,8 +3,7 @@ import numpy as np, pytest
 from hypothesis import given, settings, strategies as st
 
 from pose_nb.common import PoseError
-from pose_nb.coverage import (coverage, cross_probability, examples_needed, expected_pairs, never_seen, seen_after, tally_chunks,
-                              tally_positions, two_chunk_pairs, two_chunk_probability)
+from pose_nb.coverage import coverage, examples_needed, expected_pairs, never_seen, seen_after, tally_chunks, tally_positions
 from pose_nb.coverage import position_coverage, tally_pairs
 from pose_nb.even import CUTS, EvenPoSE
 from pose_nb.exact import exact_coverage, exact_positions, pose_pairs, randpos_probability, three_chunk_probability
@@ -18,8 +17,8 @@ def histogram(p, target): return np.bincount((p[:, None] - p)[np.tril_indices(le
 def test_closed_forms_equal_listing(window, M, rule):
     target, longest = window + M, FIRST_CHUNK[rule](window, 1)
     h = np.array([histogram(chunk_positions([l, window - l], [0, u]), target) for l in range(1, longest + 1) for u in range(M + 1)])
-    assert np.allclose(two_chunk_probability(window, target, rule), (h > 0).mean(0), atol=1e-12)
-    assert np.allclose(two_chunk_pairs(window, target, rule), h.mean(0), atol=1e-10)
+    p, pairs = exact_coverage(PoSE(window, target, first_chunk=rule))
+    assert np.allclose(p, (h > 0).mean(0), atol=1e-12) and np.allclose(pairs, h.mean(0), atol=1e-10)
 
 @settings(deadline=None, max_examples=80)
 @given(st.integers(1, 30), st.integers(1, 60), st.integers(1, 6), st.integers(0, 1000))
@@ -97,10 +96,9 @@ def test_text_decides_where_longrecipe_skips():
         with pytest.raises(PoseError, match='depend on the text'): f(LongRecipe(20, 70, (1,)))
 
 def test_golden_numbers():
-    c = cross_probability(2048, 16384)
-    assert np.allclose(c[[1, 2, 2047, 14337, 16382, 16383]], [6.975e-5, 1.395e-4, .1427774, .1427774, 1.395e-4, 6.975e-5], atol=5e-8)
-    p = two_chunk_pairs(2048, 16384, 'code')
-    assert np.ptp(p[2047:14338]) < 1e-9 and p[14338] < p[14337]
+    c, p = exact_coverage(PoSE(2048, 16384, first_chunk='code'))
+    assert np.allclose(c[[2047, 14337, 16382, 16383]], [.1427774, .1427774, 1.395e-4, 6.975e-5], atol=5e-8)
+    assert np.ptp(p[2047:14338]) < 1e-7 and p[14338] < p[14337]
     assert np.allclose(p[[1, 100, 1024, 2047, 15000, 16000]], [2046.0, 1853.17, 535.91, 48.7942, 36.75, 4.51], atol=6e-3) and np.isclose(p[16383], 6.975e-5, rtol=1e-3)
 
 @pytest.mark.parametrize('s', [PoSE(20, 70), PoSE(20, 70, first_chunk='code'), PoSE(20, 70, 1), PoSE(20, 70, 3), PoSE(20, 70, 4), PoSE(20, 70, 20), Contiguous(20, 70), FullLength(20), RandPos(20, 70), RandPos(20, 20)])
@@ -124,8 +122,7 @@ def test_dense_positions_need_one_example():
 def test_requests_that_cannot_be_met():
     w = PoSE(20, 70).batch(np.full(9, 20), example_rng(0, 0, 0))
     for bad in (lambda: examples_needed(coverage(Contiguous(20, 70))), lambda: examples_needed(coverage(PoSE(20, 70)), 0.), lambda: coverage(PoSE(20, 70), 0),
-                lambda: tally_chunks(w, 20), lambda: tally_positions(w, 20), lambda: two_chunk_pairs(20, 20),
-                lambda: cross_probability(20, 20), lambda: two_chunk_probability(1, 5), lambda: two_chunk_pairs(1, 5), lambda: two_chunk_pairs(4, 9, 'x')):
+                lambda: tally_chunks(w, 20), lambda: tally_positions(w, 20), lambda: pose_pairs(20, 20, 2), lambda: three_chunk_probability(2, 9)):
         with pytest.raises(PoseError): bad()
 
 @pytest.mark.parametrize('s', [PoSE(20, 70), PoSE(20, 70, first_chunk='code'), PoSE(20, 70, 3), PoSE(20, 30, 3), RandPos(20, 70), EarlyPoSE(20, 70), E2LLM(20, 70), *(EvenPoSE(20, 70, c) for c in CUTS)], ids=repr)
