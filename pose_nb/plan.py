@@ -20,7 +20,7 @@ from .data import TokenStore, WindowDataset
 from .export import skeleton
 from .model import load_config, set_scaling
 from .rope_config import from_config
-from .samplers import SAMPLERS, get_sampler
+from .samplers import SAMPLERS
 from .train import TrainSettings, peak_memory, train
 from .workflow import make_sampler, make_scaling, plan_extension
 

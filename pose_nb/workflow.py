@@ -419,10 +419,19 @@ def coverage_report(
     rows = [dict(distance=r, probability=float(p[r]), pairs=float(c.pairs[r])) for r in probe if 0 < r < target]
     summary = dict(sampler=c.label, window=window, target=target, exact=c.exact, never_met=int((p[1:] == 0).sum()), expected_unseen=float(never_seen(c, examples)), examples=examples, needed=examples_needed(c, times=times) if (p[1:] > 0).all() else None, times=times, rows=rows)
     if plot: use_style(); save_figure(plot_coverage([c]), plot)
-    how = 'exact' if c.exact else f'estimated from {c.examples} draws, seed {seed}'
-    return summary | dict(text=f"{c.label}, {window:,} -> {target:,} tokens ({how})\n{table(rows, 6).to_string(index=False)}\n"
-                               f"of {target - 1:,} distances, {summary['never_met']:,} {'can never occur' if c.exact else f'did not occur in {c.examples:,} draws'}; after {examples:,} windows {summary['expected_unseen']:,.1f} are expected to be unmet\n"
-                               + (f"every distance at least {times} time{'s' * (times > 1)}: {summary['needed']:{',' if summary['needed'] < 10**12 else '.1e'}} windows" + (' (certain)' if c.block else f" (with probability .99{'' if c.exact else ', as far as the draws tell'})") if summary['needed'] else ''))
+    return summary | dict(text=_coverage_text(c, summary))
+
+def _coverage_text(c, s):
+    "What `pose_nb coverage` prints."
+    how, never = ('exact', 'can never occur') if c.exact else (f'estimated from {c.examples:,} draws, seed {c.seed}', f'did not occur in {c.examples:,} draws')
+    far = '' if c.exact else ', as far as the draws tell'
+    lines = [f"{c.label}, {c.window:,} -> {c.target:,} tokens ({how})", table(s['rows'], 6).to_string(index=False),
+             f"of {c.target - 1:,} distances, {s['never_met']:,} {never}; after {s['examples']:,} windows {s['expected_unseen']:,.1f} are expected to be unmet" + far]
+    if s['needed']:
+        number = f"{s['needed']:,}" if s['needed'] < 10**12 else f"{s['needed']:.1e}"
+        sure = 'certain' if c.block else 'with probability .99' + far
+        lines.append(f"every distance at least {s['times']} time{'s' * (s['times'] > 1)}: {number} windows ({sure})")
+    return '\n'.join(lines)
 
 # %% ../nbs/10b_workflow.ipynb #0d8a9bf7
 DEMO_TARGET, DEMO_LENGTHS = 2048, (256, 512, 1024, 2048)
