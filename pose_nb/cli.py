@@ -6,7 +6,7 @@
 __all__ = ['VERBS', 'tokens', 'token_list', 'make_parser', 'usage', 'find_verb', 'show', 'resume_command', 'run_verb', 'main']
 
 # %% ../nbs/11_cli.ipynb #99847751
-import argparse, importlib, inspect, json, logging, os, shlex, sys, warnings
+import argparse, importlib, inspect, json, logging, os, shlex, signal, sys, warnings
 from pathlib import Path
 
 from fastcore.docments import docments
@@ -139,10 +139,11 @@ def run_verb(
     as_json = args.pop('json')
     try: result = func(**args)
     except KeyboardInterrupt: raise KeyboardInterrupt(_what_remains(args.get('output_dir'), argv)) from None
-    show(result, as_json)
+    first = os.environ.get('RANK', '0') == '0'           # of several processes, one speaks
+    if first: show(result, as_json)
     if isinstance(result, dict) and result.get('status') == 'stopped':
-        print(f"stopped after step {result['result']['steps']}; continue with:\n  {resume_command(argv)}", file=sys.stderr)
-        return 130
+        if first: print(f"stopped after step {result['result']['steps']}; continue with:\n  {resume_command(argv)}", file=sys.stderr)
+        return 128 + (result.get('signal') or signal.SIGINT)
     return 0
 
 def _quiet(record):
@@ -164,7 +165,8 @@ def main(
     except KeyboardInterrupt as e: print(f"\npose_nb: interrupted; {str(e) or 'nothing was saved.'}", file=sys.stderr); return 130
     except Exception as e:
         if not _sentence(e): raise
-        print(f'pose_nb: {_sentence(e)}', file=sys.stderr); return 2
+        if not getattr(e, 'told', False): print(f'pose_nb: {_sentence(e)}', file=sys.stderr)
+        return 2
 
 # %% ../nbs/11_cli.ipynb #7769cdec
 #| eval: false

@@ -4,26 +4,26 @@
 
 # %% auto #0
 __all__ = ['chunked_loss', 'label_weight', 'logits_head', 'LossModel', 'head_guard', 'TrainSettings', 'make_schedule',
-           'check_schedule', 'step_indices', 'train_step', 'make_optimizer', 'save_checkpoint', 'checkpoints',
-           'verify_checkpoint', 'check_resume', 'load_checkpoint', 'StopFlag', 'peak_memory', 'read_log', 'TrainResult',
-           'train', 'plot_loss']
+           'check_schedule', 'step_indices', 'train_step', 'make_optimizer', 'StopFlag', 'memory_advice', 'peak_memory',
+           'read_log', 'TrainResult', 'train', 'plot_loss']
 
 # %% ../nbs/06_train.ipynb #f1bb825f
-import contextlib, hashlib, json, math, os, resource, shutil, signal, sys, threading, time
+import contextlib, json, math, os, resource, shutil, signal, sys, threading, time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch, torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import send_to_device, set_seed
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from .common import PoseError, check, environment, read_json, write_atomic, write_json
+from .checkpoint import checkpoints, clear_unfinished, find_checkpoint, load_checkpoint, save_checkpoint, verify_checkpoint
+from .common import PoseError, check, write_atomic
 from .data import collate
+from .engines import any_process, engine, make_accelerator, plain_model
 from .model import _evaluating, feed_positions, seam_guard
 
 # %% ../nbs/06_train.ipynb #805358cb
@@ -69,14 +69,17 @@ def logits_head(
 
 # %% ../nbs/06_train.ipynb #8e85d583
 class LossModel(nn.Module):
-    "A causal language model whose forward pass returns the weighted loss sum of a batch."
+    "A causal language model whose forward pass returns the weighted loss sum of a batch; called with keywords, it is the model itself."
     def __init__(self,
         model,            # A transformers causal language model
         chunk:int=1024,   # Tokens whose logits exist at the same time
     ):
         super().__init__()
-        self.model, self.chunk = model, chunk
-    def forward(self, batch):
+        self.model, self.chunk, self._no_split_modules = model, chunk, getattr(model, '_no_split_modules', None)
+    @property
+    def config(self): return self.model.config
+    def forward(self, batch=None, **kwargs):
+        if batch is None: return self.model(**kwargs)
         kw = {k: batch[k] for k in ('input_ids', 'attention_mask')} | feed_positions(self.model, batch['position_ids'])
         base = self.model.base_model if self.model.base_model is not self.model else self.model.model      # Llama 4 calls its part by another name
         hidden = base(**kw, use_cache=False).last_hidden_state
@@ -92,7 +95,7 @@ def head_guard(
     part = {k: v[:1, :tokens] for k, v in batch.items()}
     with _evaluating(loss_model):
         ours = loss_model(part).item()
-        logits = loss_model.model(**{k: part[k] for k in ('input_ids', 'attention_mask')}, **feed_positions(loss_model.model, part['position_ids']), use_cache=False).logits
+        logits = loss_model(**{k: part[k] for k in ('input_ids', 'attention_mask')}, **feed_positions(loss_model.model, part['position_ids']), use_cache=False).logits
         own = _slice_loss(nn.Identity(), logits[0, :-1], part['labels'][0, 1:], part['loss_weights'][0, 1:]).item()
     check(abs(ours - own) <= .02 * abs(own) + 1e-3, f"the loss in slices is {ours:.3f} where this model's own logits give {own:.3f}: {type(loss_model.model).__name__} post-processes its logits, which is not supported yet.")
 
@@ -115,7 +118,7 @@ class TrainSettings:
     gradient_checkpointing:bool=False     # Recompute activations in the backward pass: less memory, about a third more time
     seed:int=0                            # Where every random choice comes from
     save_steps:int=0                      # Checkpoint every so many steps; 0: only when stopped
-    save_total_limit:int=1                # Checkpoints to keep, >= 1
+    save_total_limit:int=2                # Checkpoints to keep, >= 1; with one only, a damaged one has none before it
     dataloader_num_workers:int=0          # Processes that draw windows ahead of time
     loss_chunk:int=1024                   # Tokens whose logits exist at the same time, >= 1
     def __post_init__(self):
@@ -172,18 +175,23 @@ def train_step(
     weight = acc.reduce(sum(label_weight(b) for b in micro), 'sum').clamp_min(1e-9)
     loss = torch.zeros((), device=acc.device)
     for i, batch in enumerate(micro):
-        last = i == len(micro) - 1
+        acc.sync_gradients = last = i == len(micro) - 1
         with contextlib.nullcontext() if last else acc.no_sync(model):
             part = model(batch)
+            loss += part.detach()
+            if last: loss = acc.reduce(loss, 'sum') / weight
+            if last and engine() == 'deepspeed': _finite('loss', loss.item(), step)
             acc.backward(part * acc.num_processes / weight)
-        loss += part.detach()
     norm = acc.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
-    loss = (acc.reduce(loss, 'sum') / weight).item()
-    norm = float(norm)
-    check(math.isfinite(loss) and math.isfinite(norm), f"the loss at step {step + 1} is {loss} (gradient norm {norm}), so training stopped before the weights were changed; lower --learning-rate, raise --warmup-steps or check the data around this step.")
+    loss, norm = loss.item(), float(norm)
+    _finite('loss', loss, step); _finite('gradient norm', norm, step)
     rate = scheduler.get_last_lr()[0]
     optimizer.step(); scheduler.step(); optimizer.zero_grad(set_to_none=True)
     return dict(loss=loss, grad_norm=norm, learning_rate=rate, tokens=sum(b['input_ids'].numel() for b in micro) * acc.num_processes)
+
+def _finite(what, value, step):
+    "Stop at a value that is not a number, which is before the weights are changed."
+    check(math.isfinite(value), f"the {what} at step {step + 1} is {value}, so training stopped before the weights were changed; lower --learning-rate, raise --warmup-steps or check the data around this step.")
 
 # %% ../nbs/06_train.ipynb #81297d3d
 def make_optimizer(
@@ -196,95 +204,13 @@ def make_optimizer(
     opt = torch.optim.AdamW([g for g in groups if g['params']], lr=settings.learning_rate, betas=(settings.adam_beta1, settings.adam_beta2), fused=True)
     return opt, make_schedule(opt, settings)
 
-# %% ../nbs/06_train.ipynb #a92b6e85
-def _sha256(path):
-    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
-
-def _fingerprint(manifest): return hashlib.sha256(json.dumps({k: v for k, v in manifest.items() if k != 'sha256'}, sort_keys=True).encode()).hexdigest()
-
-def _full_disk(e): return getattr(e, 'errno', None) in (27, 28, 122) or 'No space left' in str(e) or 'File too large' in str(e) or 'write' in str(e).lower()
-
-def _remove(checkpoint):
-    "Delete a checkpoint: first its name, then its files, so that a program killed meanwhile leaves no half checkpoint."
-    gone = checkpoint.with_name(f'.{checkpoint.name}.old')
-    shutil.rmtree(gone, ignore_errors=True)
-    if checkpoint.exists(): os.replace(checkpoint, gone); shutil.rmtree(gone)
-
-def save_checkpoint(
-    acc:Accelerator,        # Holds model, optimizer and schedule
-    output_dir:Path,        # The run's folder
-    step:int,               # Finished optimizer steps
-    settings:TrainSettings, # Kept in the manifest
-)->Path: # The checkpoint folder
-    "Write `checkpoint-<step>` whole or not at all, then delete older ones. Raises `PoseError` if there is no space."
-    final, tmp = output_dir/f'checkpoint-{step}', output_dir/f'.checkpoint-{step}.tmp'
-    try:
-        acc.save_state(str(tmp))
-        acc.wait_for_everyone()
-        if acc.is_main_process:
-            files = {f.name: [f.stat().st_size, _sha256(f)] for f in sorted(tmp.iterdir())}
-            manifest = dict(step=step, settings=asdict(settings), environment=environment(), files=files)
-            write_json(tmp/'manifest.json', manifest | dict(sha256=_fingerprint(manifest)))
-            _remove(final)
-            os.replace(tmp, final)
-            for old in checkpoints(output_dir)[:-settings.save_total_limit]: _remove(old)
-    except Exception as e:
-        shutil.rmtree(tmp, ignore_errors=True)
-        if isinstance(e, PoseError) or not _full_disk(e): raise
-        raise PoseError(f"the checkpoint of step {step} could not be written to {output_dir} ({str(e).splitlines()[0]}); the checkpoint before it is untouched: free some space and resume.") from e
-    acc.wait_for_everyone()
-    return final
-
-def checkpoints(
-    output_dir,  # A run's folder
-)->list: # Paths of its whole checkpoints, oldest first
-    "The checkpoints of a run."
-    return sorted((p for p in Path(output_dir).glob('checkpoint-*') if p.name.split('-')[-1].isdigit()), key=lambda p: int(p.name.split('-')[-1]))
-
-# %% ../nbs/06_train.ipynb #7c57d6be
-def verify_checkpoint(
-    path,  # A checkpoint folder
-)->dict: # Its manifest
-    "Check a checkpoint's files against its manifest. Raises `PoseError` that names the first damaged file."
-    path = Path(path)
-    manifest = read_json(path/'manifest.json')
-    kinds = dict(step=int, settings=dict, files=dict)
-    check(isinstance(manifest, dict) and all(isinstance(manifest.get(k), t) for k, t in kinds.items()) and manifest['files'] and manifest.get('sha256') == _fingerprint(manifest), f"{path}/manifest.json is not a checkpoint's manifest; resume from another checkpoint or start again in a new output directory.")
-    for name, (size, digest) in manifest['files'].items():
-        f = path/name
-        ok = f.is_file() and f.stat().st_size == size and _sha256(f) == digest
-        check(ok, f"the checkpoint {path} is damaged ({name} is missing, cut off or changed); resume from another checkpoint or start again in a new output directory.")
-    return manifest
-
-def check_resume(
-    path,                    # A checkpoint folder
-    settings:TrainSettings,  # The settings of this run; must agree with the checkpoint's
-)->dict: # The checkpoint's manifest
-    "Check that a run may continue from a checkpoint. Raises `PoseError` if it is damaged or belongs to a run with other settings."
-    manifest = verify_checkpoint(path)
-    old, new = manifest['settings'], json.loads(json.dumps(asdict(settings)))
-    free = {'save_steps', 'save_total_limit', 'dataloader_num_workers', 'loss_chunk', 'gradient_checkpointing', 'per_device_train_batch_size', 'gradient_accumulation_steps'}
-    changed = [f"{k} was {old.get(k)} and is now {v}" for k, v in new.items() if k not in free and old.get(k) != v]
-    check(not changed, f"the checkpoint {path} belongs to a run with other settings ({'; '.join(changed)}); resume with the same settings or start in a new output directory.")
-    return manifest
-
-def load_checkpoint(
-    acc:Accelerator,         # Holds the prepared model, optimizer and schedule
-    path,                    # A checkpoint folder
-    settings:TrainSettings,  # The settings of this run; must agree with the checkpoint's
-)->int: # Finished optimizer steps
-    "Continue from a checkpoint. Raises `PoseError` as `check_resume` does."
-    step = check_resume(path, settings)['step']
-    acc.load_state(str(path))
-    return step
-
 # %% ../nbs/06_train.ipynb #8f5f15f7
 class StopFlag:
-    "While active, SIGINT and SIGTERM set `stop` instead of ending the program; a second one ends it."
-    def __init__(self): self.stop, self._old = False, {}
+    "While active, SIGINT and SIGTERM set `stop` and `signal` instead of ending the program; a second one ends it."
+    def __init__(self): self.stop, self.signal, self._old = False, 0, {}
     def _raise(self, number, frame):
         if self.stop: raise KeyboardInterrupt
-        self.stop = True
+        self.stop, self.signal = True, int(number)
         print('\nstopping after this step; press Ctrl-C again to stop at once', file=sys.stderr, flush=True)
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
@@ -292,6 +218,34 @@ class StopFlag:
         return self
     def __exit__(self, *_):
         for s, h in self._old.items(): signal.signal(s, h)
+
+# %% ../nbs/06_train.ipynb #df4f96dc
+def memory_advice(
+    settings:TrainSettings,  # The settings that did not fit
+)->str: # The next thing to try
+    "What to change when memory runs out, the cheapest first."
+    b, a = settings.per_device_train_batch_size, settings.gradient_accumulation_steps
+    if b > 1 and b % 2 == 0: return f"--per-device-train-batch-size {b // 2} --gradient-accumulation-steps {2 * a}, which gives the same result"
+    if b > 1: return f"--per-device-train-batch-size 1 --gradient-accumulation-steps {b * a}, which gives the same result"
+    if not settings.gradient_checkpointing: return "--gradient-checkpointing, which computes more and gives the same result"
+    if settings.loss_chunk > 128: return f"--loss-chunk {max(settings.loss_chunk // 4, 128)}, which gives the same result"
+    if not settings.bf16: return "a new run with --bf16"
+    return "a new run with a shorter --window, or several GPUs with one of the files in configs/accelerate"
+
+def _out_of_memory(e): return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or isinstance(e, RuntimeError) and ("can't allocate memory" in str(e) or 'out of memory' in str(e))
+
+@contextlib.contextmanager
+def _memory(acc, opt, out, done, settings):
+    "Turn running out of memory into a sentence, after saving what there is."
+    try: yield; return
+    except Exception as e:
+        if not _out_of_memory(e): raise
+    opt.zero_grad(set_to_none=True)           # outside the handler, whose traceback would keep the tensors alive
+    torch.cuda.empty_cache()
+    saved = out and done and acc.num_processes == 1
+    if saved: save_checkpoint(acc, out, done, settings)
+    where = f" The first {done} steps are saved: resume with --resume-from-checkpoint." if saved else ''
+    raise PoseError(f"memory ran out in step {done + 1}; try {memory_advice(settings)}.{where}")
 
 # %% ../nbs/06_train.ipynb #712588d2
 def peak_memory()->float: # GiB
@@ -331,6 +285,8 @@ class TrainResult:
     peak_gib:float      # Peak memory, GiB
     history:list = field(repr=False)      # One dict per step
     data:dict = field(default=None)       # The dataset's report of used and short documents
+    model:object = field(default=None, repr=False)   # The trained model in one piece; None on processes other than the first where an engine spreads it
+    signal:int = 0                        # What stopped it: SIGINT or SIGTERM, 0 for neither
 
 def _recompute(model):
     "Recompute activations in the backward pass; transformers renamed the switch in 5.23."
@@ -339,8 +295,7 @@ def _recompute(model):
 
 def _prepare(model, settings):
     "Accelerator, wrapped model, optimizer and schedule, ready for this machine."
-    if not PartialState._shared_state or PartialState().num_processes == 1: AcceleratorState._reset_state(True)
-    acc = Accelerator(mixed_precision='bf16' if settings.bf16 else 'no', cpu=not torch.cuda.is_available())
+    acc = make_accelerator(settings)
     set_seed(settings.seed)
     if settings.gradient_checkpointing: _recompute(model)
     loss_model = LossModel(model.train(), settings.loss_chunk)
@@ -354,7 +309,7 @@ def _guards(acc, loss_model, batch):
     batch = send_to_device(batch, acc.device)
     inner = acc.unwrap_model(loss_model)      # with its autocast wrapper: keep_fp32_wrapper=False would take it off for good
     with acc.autocast():
-        seam_guard(inner.model, batch)
+        seam_guard(inner, batch)
         head_guard(inner, batch)
 
 # %% ../nbs/06_train.ipynb #3f41eb3e
@@ -363,43 +318,38 @@ def train(
     dataset,                 # `WindowDataset`, `Mixture` or anything indexable without end that `collate` can stack
     settings:TrainSettings,  # Steps, batch, rate, seed, ...
     output_dir=None,         # Folder for log and checkpoints; None keeps everything in memory
-    resume=None,             # Checkpoint folder to continue from, or True for the latest in `output_dir`
+    resume=None,             # Checkpoint folder to continue from, or True for the latest whole one in `output_dir`
     progress:bool=True,      # Show a progress bar
 )->TrainResult:
-    "Train. Raises `PoseError` if a guard fails, the loss is not finite, or the checkpoint cannot be used."
+    "Train. Raises `PoseError` if a guard fails, the loss is not finite, memory runs out, or the checkpoint cannot be used."
     acc, loss_model, opt, sched = _prepare(model, settings)
     out = output_dir and Path(output_dir)
-    if out: out.mkdir(parents=True, exist_ok=True)
-    if out and acc.is_main_process:
-        for left in out.glob('.checkpoint-*'): shutil.rmtree(left)      # of a run that was killed while saving
+    if out and acc.is_main_process: clear_unfinished(out)      # of a run that was killed while saving
     acc.wait_for_everyone()
     _guards(acc, loss_model, collate([dataset[i] for i in step_indices(0, 0, settings, acc.process_index, acc.num_processes)]))
-    start = load_checkpoint(acc, _latest(out) if resume is True else resume, settings) if resume else 0
+    start = load_checkpoint(acc, find_checkpoint(out) if resume is True else resume, settings) if resume else 0
     log, t0, done = _Log(out, start, acc.is_main_process), time.perf_counter(), start
     with StopFlag() as flag, tqdm(total=settings.max_steps, initial=start, desc='training', unit=' steps', disable=not (progress and acc.is_main_process)) as bar, contextlib.ExitStack() as after:
         after.callback(feed_positions, model, None)            # fractional positions leave hooks
-        batches = iter(_loader(dataset, settings, start, acc))
-        while done < settings.max_steps and not flag.stop:
+        batches, stop = iter(_loader(dataset, settings, start, acc)), False
+        while done < settings.max_steps and not stop:
             t1 = time.perf_counter()
-            row = train_step(acc, loss_model, [next(batches) for _ in range(settings.gradient_accumulation_steps)], opt, sched, settings, done)
+            micro = [next(batches) for _ in range(settings.gradient_accumulation_steps)]
+            t2 = time.perf_counter()
+            with _memory(acc, opt, out, done, settings): row = train_step(acc, loss_model, micro, opt, sched, settings, done)
             done += 1
-            _record(log, bar, dict(step=done, **row, tokens_per_second=row['tokens'] / (time.perf_counter() - t1), peak_gib=peak_memory()))
-            due = settings.save_steps and done % settings.save_steps == 0
-            if out and (due or flag.stop) and done < settings.max_steps: save_checkpoint(acc, out, done, settings)
+            now = time.perf_counter()
+            _record(log, bar, dict(step=done, **row, tokens_per_second=row['tokens'] / (now - t1), data_share=(t2 - t1) / (now - t1), peak_gib=peak_memory()))
+            due, stop = settings.save_steps and done % settings.save_steps == 0, any_process(acc, flag.stop)
+            if out and (due or stop) and done < settings.max_steps: save_checkpoint(acc, out, done, settings)
     model.eval()
-    return TrainResult(done, done < settings.max_steps, sum(r['tokens'] for r in log.rows), time.perf_counter() - t0, peak_memory(), log.rows, getattr(dataset, 'report', None))
+    return TrainResult(done, done < settings.max_steps, sum(r['tokens'] for r in log.rows), time.perf_counter() - t0, peak_memory(), log.rows, getattr(dataset, 'report', None), plain_model(acc, loss_model), flag.signal)
 
 def _record(log, bar, row):
     "One line in the log, one move of the bar."
     log.add(row)
     bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['tokens_per_second']:,.0f} tokens/s, peak {row['peak_gib']:.2f} GiB", refresh=False)
     bar.update()
-
-def _latest(output_dir):
-    "The newest checkpoint of a run."
-    found = checkpoints(output_dir)
-    check(found, f"{output_dir} holds no checkpoint to resume from; start without --resume-from-checkpoint.")
-    return found[-1]
 
 # %% ../nbs/06_train.ipynb #05b2ee40
 def plot_loss(

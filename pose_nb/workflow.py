@@ -30,7 +30,9 @@ from .plots import length_plot, plt, table, use_style
 from .samplers import SAMPLERS, Segments, digit_tokens, get_sampler, sentence_ends
 from .practice import CopyDocuments, PasskeyDocuments
 from .retrieval import passkey
-from .train import TrainSettings, _latest, check_resume, plot_loss, read_log, train
+from .checkpoint import check_resume, find_checkpoint
+from .engines import engine, join, on_main
+from .train import TrainSettings, plot_loss, read_log, train
 
 # %% ../nbs/10b_workflow.ipynb #48d8b9ad
 def plan_extension(
@@ -161,7 +163,7 @@ def _resume_plan(out, plan):
 def _resume_from(out, plan, checkpoint, settings):
     "The checkpoint to continue from, after everything that could speak against it was checked."
     _resume_plan(out, plan)
-    where = _latest(out) if checkpoint in (True, 'latest') else Path(checkpoint)
+    where = find_checkpoint(out) if checkpoint in (True, 'latest') else Path(checkpoint)
     check_resume(where, settings)
     return where
 
@@ -170,9 +172,27 @@ def _say_short(report):
     if report['short']: print(f"{report['short']:,} of {report['documents']:,} documents have fewer than {report['need']:,} tokens and are not used ({report['short_tokens']:,} tokens).", file=sys.stderr, flush=True)
 
 def _documents_of(data, out, tokenizer, text_field, resume, progress):
-    "The token store of a run: made once, kept in the run's folder, reopened on resume."
-    if resume and (out/'data'/'store.json').exists(): return load_store(out/'data')
-    return load_store(save_store(tokenize(read_documents(data, text_field), tokenizer, progress=progress), out/'data'))
+    "The token store of a run: made once, by the first process, kept in the run's folder, reopened on resume."
+    def make(): save_store(tokenize(read_documents(data, text_field), tokenizer, progress=progress), out/'data')
+    if not (resume and (out/'data'/'store.json').exists()): on_main(make)
+    return load_store(out/'data')
+
+def _claim(out, plan, checkpoint, settings):
+    "The folder of a run, and the checkpoint to continue from, if any."
+    claim_folder(out, bool(checkpoint))
+    return _resume_from(out, plan, checkpoint, settings) if checkpoint else None
+
+def _scaled_model(plan, attn_implementation, trust_remote_code):
+    "The model of a plan in float32, with the rotation that it is trained with."
+    net = load_model(plan['model'], torch.float32, attn_implementation, device=None if engine() == 'whole' else 'cpu', trust_remote_code=trust_remote_code)
+    scheme, longest = make_scaling(plan), max(plan['target'], plan['original'])
+    set_scaling(net, scheme, longest, plan['original'])                                          # refuses what could not be saved at the end
+    return set_scaling(net, scheme.at(longest, plan['original']), longest, plan['original'])     # fixed while training
+
+def _check_vocabulary(net, store):
+    "Refuse a tokenizer that gives ids which the model does not have."
+    top, vocab = int(store.tokens.max()), net.get_input_embeddings().num_embeddings
+    check(top < vocab, f"the tokenizer gives token id {top}, but the model's vocabulary has {vocab} entries; use the tokenizer of this model.")
 
 # %% ../nbs/10b_workflow.ipynb #6573d506
 @delegates(TrainSettings)
@@ -203,33 +223,25 @@ def extend(
     **kwargs
 )->dict: # The run's record, as in `pose_nb.json`; its `status` is "done" or "stopped"
     "Extend a model's context window and save the result. Raises `PoseError` for anything that cannot work, before training where possible."
-    resume, settings = bool(resume_from_checkpoint), TrainSettings(**kwargs)
+    settings, state, resume, out = TrainSettings(**kwargs), join(), bool(resume_from_checkpoint), Path(output_dir)
     if not progress: disable_progress_bar()
-    check(int(os.environ.get('WORLD_SIZE', 1)) == 1, "extend runs in one process so far; start it without accelerate launch or torchrun.")
     check_attention(attn_implementation)
-    plan = plan_extension(model, target, window, scaling, factor, scaling_kwargs, original, sampler, chunks, content, first_chunk, sampler_kwargs, trust_remote_code)
+    plan = on_main(lambda: plan_extension(model, target, window, scaling, factor, scaling_kwargs, original, sampler, chunks, content, first_chunk, sampler_kwargs, trust_remote_code))
     plan |= dict(data=str(data), text_field=text_field, passkey_share=passkey_share, copy_share=copy_share, keep_seam=keep_seam)
     tokenizer = load_tokenizer(model, trust_remote_code)
-    plan['bos'] = start_id = bos_id(tokenizer, bos)
+    plan['bos'] = bos_id(tokenizer, bos)
     positions = make_sampler(plan, tokenizer)
-    out = claim_folder(output_dir, resume)
-    where = _resume_from(out, plan, resume_from_checkpoint, settings) if resume else None
+    where = on_main(lambda: _claim(out, plan, resume_from_checkpoint, settings))
     try:
-        store = _documents_of(data, out, tokenizer, text_field, resume, progress)
-        dataset = make_dataset(store, positions, tokenizer, settings.seed, start_id, passkey_share, copy_share, not keep_seam)
-        net = load_model(model, torch.float32, attn_implementation, trust_remote_code=trust_remote_code)
-        scheme, longest = make_scaling(plan), max(target, plan['original'])
-        set_scaling(net, scheme, longest, plan['original'])                                   # refuses what could not be saved at the end
-        set_scaling(net, scheme.at(longest, plan['original']), longest, plan['original'])     # fixed while training
-        top, vocab = int(store.tokens.max()), net.get_input_embeddings().num_embeddings
-        check(top < vocab, f"the tokenizer gives token id {top}, but the model's vocabulary has {vocab} entries; use the tokenizer of this model.")
-        _say_short(dataset.report)
-        write_record(out, dict(status='running', plan=plan, settings=asdict(settings), data=dataset.report))
+        store = _documents_of(data, out, tokenizer, text_field, resume, progress and state.is_main_process)
+        dataset = make_dataset(store, positions, tokenizer, settings.seed, plan['bos'], passkey_share, copy_share, not keep_seam)
+        net = _scaled_model(plan, attn_implementation, trust_remote_code)
+        _check_vocabulary(net, store)
+        on_main(lambda: _begin(out, plan, settings, dataset.report))
         result = train(net, dataset, settings, out, where, progress)
-        if not result.stopped and scheme != scheme.at(longest, plan['original']): set_scaling(net, scheme, longest)
-        return _finish(out, net, tokenizer, result, load_config(model, trust_remote_code).dtype)
+        return on_main(lambda: _finish(out, plan, tokenizer, result, load_config(model, trust_remote_code).dtype))
     except BaseException as e:
-        _abandon(out, e, fresh=not resume)
+        if state.is_main_process: _abandon(out, e, fresh=not resume)
         raise
 
 # %% ../nbs/10b_workflow.ipynb #9be43c6d
@@ -248,10 +260,17 @@ def _release(out):
     for f in ('pose_nb.json', 'train_log.jsonl'): (out/f).unlink(missing_ok=True)
     if out.exists() and not any(out.iterdir()): out.rmdir()
 
-def _finish(out, net, tokenizer, result, dtype):
+def _begin(out, plan, settings, report):
+    "Note what is about to happen."
+    _say_short(report)
+    write_record(out, dict(status='running', plan=plan, settings=asdict(settings), data=report, processes=join().num_processes, engine=engine()))
+
+def _finish(out, plan, tokenizer, result, dtype):
     "Save a finished run in the precision of the checkpoint it started from, or note that it was stopped."
     summary = dict(steps=result.step, tokens=result.tokens, seconds=round(result.seconds, 1), peak_gib=round(result.peak_gib, 3))
-    if result.stopped: return write_record(out, dict(status='stopped', result=summary))
+    if result.stopped: return write_record(out, dict(status='stopped', result=summary)) | dict(signal=result.signal)
+    net, scheme, longest = result.model, make_scaling(plan), max(plan['target'], plan['original'])
+    if scheme != scheme.at(longest, plan['original']): set_scaling(net, scheme, longest)
     save_extended(cast_weights(net, dtype), tokenizer, out)
     check_reload(out, net)
     use_style()

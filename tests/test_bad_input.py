@@ -6,7 +6,8 @@ import pytest
 from conftest import WINDOW, command, extend_args, snapshot
 from safetensors.torch import load_file
 
-from pose_nb.train import checkpoints, read_log, verify_checkpoint
+from pose_nb.checkpoint import checkpoints, verify_checkpoint
+from pose_nb.train import read_log
 
 
 def assert_refused(r, *says):
@@ -255,16 +256,25 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_still_works(file, ho
     assert {p.name for p in bad.iterdir()} == set(FILES)
     damage(how, bad/file)
     before = snapshot(out)
-    assert_refused(cli(*words, '--resume-from-checkpoint'), 'checkpoint-3')
+    assert_refused(cli(*words, '--resume-from-checkpoint', bad), 'checkpoint-3')
     assert snapshot(out) == before
-    if how == 'cut': assert cli(*words, '--resume-from-checkpoint', out/'checkpoint-2').code == 0
+    if how != 'cut': return
+    r = cli(*words, '--resume-from-checkpoint')
+    assert r.code == 0 and 'checkpoint-3' in r.err and 'going on from checkpoint-2' in r.err
+    assert [x['step'] for x in read_log(out)] == [1, 2, 3, 4] and verify_checkpoint(out/'checkpoint-3')
+
+
+def test_when_no_checkpoint_is_whole_it_says_so(saved, cli, tmp_path):
+    out = shutil.copytree(saved[0], tmp_path/'out')
+    for p in checkpoints(out): damage('flip', p/'model.safetensors')
+    assert_refused(cli(*[str(out) if w == str(saved[0]) else w for w in saved[1]], '--resume-from-checkpoint'), 'none of the 2 checkpoints')
 
 
 @pytest.mark.parametrize('text', ['[]', '{}', '{"step": 3, "settings": {}, "files": {}}', '{"step": "3", "settings": 5, "files": []}'])
 def test_a_manifest_that_is_json_but_no_manifest(text, saved, cli, tmp_path):
     out = shutil.copytree(saved[0], tmp_path/'out')
     (checkpoints(out)[-1]/'manifest.json').write_text(text)
-    assert_refused(cli(*[str(out) if w == str(saved[0]) else w for w in saved[1]], '--resume-from-checkpoint'), 'checkpoint-3')
+    assert_refused(cli(*[str(out) if w == str(saved[0]) else w for w in saved[1]], '--resume-from-checkpoint', out/'checkpoint-3'), 'checkpoint-3')
 
 
 def test_a_damaged_token_store_or_record_is_refused(saved, cli, tmp_path):
@@ -337,7 +347,7 @@ def test_a_loss_that_is_not_a_number_stops_and_keeps_the_last_checkpoint(extend,
         def __getitem__(self, i): return self.ds[i] if i != 2 else self.ds[i] | dict(loss_weights=self.ds[i]['loss_weights'] * float('nan'))
     monkeypatch.setattr(w, 'make_dataset', lambda *a, **k: Poisoned(real(*a, **k)))
     assert_refused(extend(save_steps=1, max_steps=4), 'loss at step 3', '--learning-rate')
-    assert [p.name for p in checkpoints(tmp_path/'out')] == ['checkpoint-2'] and verify_checkpoint(tmp_path/'out'/'checkpoint-2')['step'] == 2
+    assert [p.name for p in checkpoints(tmp_path/'out')] == ['checkpoint-1', 'checkpoint-2'] and verify_checkpoint(tmp_path/'out'/'checkpoint-2')['step'] == 2
     monkeypatch.setattr(w, 'make_dataset', real)
     assert extend(save_steps=1, max_steps=4, resume_from_checkpoint='latest').code == 0
 

@@ -6,7 +6,8 @@ import pytest, torch
 from conftest import command, extend_args, snapshot, start
 from safetensors.torch import load_file
 
-from pose_nb.train import checkpoints, read_log, verify_checkpoint
+from pose_nb.checkpoint import checkpoints, verify_checkpoint
+from pose_nb.train import read_log
 from pose_nb.workflow import extend
 
 STEPS = 150
@@ -63,7 +64,7 @@ def test_ctrl_c_prints_the_command_that_finishes_with_equal_bits(base, corpus, u
 def test_sigterm_stops_like_ctrl_c(base, corpus, uninterrupted, cli, tmp_path):
     words = args(base, corpus, tmp_path/'o')
     _, stderr, code = stop_with(signal.SIGTERM, words, tmp_path/'o')
-    assert code == 130 and 'continue with' in stderr
+    assert code == 143 and 'continue with' in stderr
     assert cli(*words, '--resume-from-checkpoint', '--dataloader-num-workers', '2').code == 0     # workers change nothing
     assert_same(weights(tmp_path/'o'), weights(uninterrupted))
 
