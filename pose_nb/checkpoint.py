@@ -114,7 +114,7 @@ def _damage(path):
     except PoseError as e: return str(e).split(';')[0]
 
 # %% ../nbs/06b_checkpoint.ipynb #f161341a
-FREE = {'save_steps', 'save_total_limit', 'dataloader_num_workers', 'loss_chunk', 'gradient_checkpointing', 'per_device_train_batch_size', 'gradient_accumulation_steps'}
+FREE = {'eval_steps', 'eval_windows', 'eval_prompts', 'max_short_loss', 'stop_on_short_loss', 'load_best_model_at_end', 'metric_for_best_model', 'report_to', 'save_steps', 'save_total_limit', 'dataloader_num_workers', 'loss_chunk', 'gradient_checkpointing', 'per_device_train_batch_size', 'gradient_accumulation_steps'}
 
 def check_resume(
     path,             # A checkpoint folder
@@ -128,7 +128,7 @@ def check_resume(
     windows, was = global_batch(settings, world), manifest['windows']
     check(windows == was, f"this run would read {windows} windows a step (batch {settings.per_device_train_batch_size} x accumulation {settings.gradient_accumulation_steps} x {world} processes) where the checkpoint's run read {was}; choose --per-device-train-batch-size and --gradient-accumulation-steps so that it is {was} again.")
     check(kind == manifest['engine'], f"the checkpoint {path} was written by the engine '{manifest['engine']}' and this run uses '{kind}'; launch it as before, or start in a new output directory.")
-    check(kind != 'deepspeed' or world == manifest['processes'], f"DeepSpeed cut the optimizer of {path} into {manifest['processes']} pieces and cannot spread them over {world} processes; resume with {manifest['processes']}.")
+    check(kind != 'deepspeed' or world == manifest['processes'], f"DeepSpeed cut the optimizer of {path} into {manifest['processes']} pieces and cannot spread them over {world} processes; resume with {manifest['processes']} processes.")
     return manifest
 
 def load_checkpoint(

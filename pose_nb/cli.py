@@ -150,6 +150,10 @@ def _quiet(record):
     "Not worth a warning: keys that this package writes on purpose, for vLLM and SGLang."
     return 'long_mscale' not in record.getMessage()
 
+def _show_warning(message, category, *_, **__):
+    "A warning as one line; what libraries say to programmers is left out."
+    if not issubclass(category, (FutureWarning, DeprecationWarning, PendingDeprecationWarning)): print(f'pose_nb: warning: {message}', file=sys.stderr)
+
 def main(
     argv:list=None,  # Words after `pose_nb`; None takes those of this process
 )->int: # Exit code
@@ -159,7 +163,7 @@ def main(
     if argv[0] in ('-V', '--version'): print(pose_nb.__version__); return 0
     logging.getLogger('transformers').addFilter(_quiet)
     for name in ('transformers.modeling_rope_utils', 'transformers.configuration_utils'): logging.getLogger(name).addFilter(_quiet)
-    warnings.showwarning = lambda message, *_, **__: print(f'pose_nb: warning: {message}', file=sys.stderr)
+    warnings.showwarning = _show_warning
     try: return run_verb(argv)
     except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()); return 0
     except KeyboardInterrupt as e: print(f"\npose_nb: interrupted; {str(e) or 'nothing was saved.'}", file=sys.stderr); return 130

@@ -61,50 +61,56 @@ def _read_text(path:Path):
 
 # %% ../nbs/04_data.ipynb #caa452af
 def _rows(ds, source):
-    "The rows of a dataset; text is decoded only here."
-    try: yield from ds
+    "The rows of a dataset; text is decoded only here. (By batches: one by one, a stream would deal its rows to the workers of a data loader.)"
+    try:
+        for part in ds.iter(batch_size=16): yield from (dict(zip(part, row)) for row in zip(*part.values()))
     except UnicodeDecodeError: raise PoseError(f"{source} holds text that is not UTF-8; convert it, for example with: iconv -f latin1 -t utf-8.") from None
 
 def _column(ds, text_field:str, source:str):
-    "The texts of a `datasets.Dataset`, one document per row."
-    check(text_field in ds.column_names, f"{source} has no field '{text_field}'; it has: {', '.join(ds.column_names)}. Name one with --text-field.")
-    for row in _rows(ds.select_columns([text_field]), source):
+    "The texts of a `datasets.Dataset` or stream, one document per row."
+    def known(names): check(text_field in names, f"{source} has no field '{text_field}'; it has: {', '.join(names)}. Name one with --text-field.")
+    if ds.column_names: known(ds.column_names); ds = ds.select_columns([text_field])      # a stream may not know them before its first row
+    for row in _rows(ds, source):
+        known(row)
         if isinstance(row[text_field], str): yield row[text_field]
         elif row[text_field] is not None:
             raise PoseError(f"field '{text_field}' of {source} holds {type(row[text_field]).__name__}, not text; name a text field with --text-field.")
 
 def _read_structured(path:Path, text_field:str):
-    "The documents of one JSON-lines or parquet file, through `datasets`."
+    "The documents of one JSON-lines or parquet file, through `datasets`: a stream, so nothing is copied and no older copy is read."
     from datasets import load_dataset
     from datasets.utils import logging
     logging.disable_progress_bar(); logging.set_verbosity(logging.CRITICAL)     # the sentence below says it
-    try: ds = load_dataset(_format(path), data_files=str(path), split='train')
+    try: yield from _column(load_dataset(_format(path), data_files=str(path), split='train', streaming=True), text_field, str(path))
     except Exception as e:
-        cause = str(e.__cause__ or e).strip().splitlines()[0]
+        if isinstance(e, PoseError): raise
+        cause = (str(e.__cause__ or e).strip() or type(e).__name__).splitlines()[0]
         raise PoseError(f"{path} cannot be read as {_format(path)} ({cause}); check that the file is whole and has one record per line.") from None
-    yield from _column(ds, text_field, str(path))
 
 # %% ../nbs/04_data.ipynb #0c0a956e
-def _read_hub(name:str, text_field:str, split:str):
-    "The documents of a dataset on the hub."
+def _hub(name:str, split:str, stream:bool=False):
+    "A dataset of the hub, opened."
     from datasets import load_dataset
-    try: ds = load_dataset(name, split=split)
+    try: return load_dataset(name, split=split, streaming=stream)
     except Exception as e:
         raise PoseError(f"'{name}' is neither a file or folder here nor a dataset that could be loaded ({type(e).__name__}); check the path or the id.") from None
-    yield from _column(ds, text_field, name)
+
+def _files(path:Path):
+    "The files of a file or folder, in the order in which they are read."
+    return sorted(p for p in path.rglob('*') if p.is_file() and not p.name.startswith('.')) if path.is_dir() else [path]
 
 def read_documents(
     source,                  # Path of a file or folder, a dataset id, or "stdlib" for the embedded default; or a list of these
     text_field:str='text',   # The field that holds the text in structured files and hub datasets
     split:str='train',       # The split of a hub dataset, such as "train" or "train[:1000]"
+    stream:bool=False,       # Read a hub dataset over the network as it is needed, without storing it; such a split has a plain name
 ): # An iterator of strings
     "Read documents. Raises `PoseError` for what is missing, empty, binary, wrongly encoded, damaged or lacks the text field."
     for s in listify(source):
         path, n = Path(str(s)).expanduser(), 0
         if s == 'stdlib' and not path.exists(): docs = stdlib_documents().values()
-        elif path.is_dir(): docs = (t for p in sorted(path.rglob('*')) if p.is_file() and not p.name.startswith('.') for t in _read_file(p, text_field))
-        elif path.is_file(): docs = _read_file(path, text_field)
-        else: docs = _read_hub(str(s), text_field, split)
+        elif path.is_dir() or path.is_file(): docs = (t for p in _files(path) for t in _read_file(p, text_field))
+        else: docs = _column(_hub(str(s), split, stream), text_field, str(s))
         for text in docs:
             if text.strip(): n += 1; yield text
         check(n, f"{s} holds no text; pass a file or folder with at least one non-empty document.")
@@ -234,7 +240,11 @@ def document(self:WindowDataset,
 @patch
 def __getitem__(self:WindowDataset, index:int):
     epoch, i = self.document(index)
-    rng, doc = example_rng(self.seed, epoch, int(index) % len(self.order)), self.store[i]
+    return self._window(self.store[i], example_rng(self.seed, epoch, int(index) % len(self.order)), index)
+
+@patch
+def _window(self:WindowDataset, doc, rng, index):
+    "The window of example `index`, drawn from the token ids of a document."
     start = self._start(doc, rng)
     ids = np.asarray(doc[start:start + self.span], np.int64)
     if self.bos is not None: ids = np.concatenate([[self.bos], ids])

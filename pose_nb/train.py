@@ -21,9 +21,9 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from .checkpoint import checkpoints, clear_unfinished, find_checkpoint, load_checkpoint, save_checkpoint, verify_checkpoint
-from .common import PoseError, check, write_atomic
+from .common import PoseError, check, choose, write_atomic
 from .data import collate
-from .engines import any_process, engine, make_accelerator, plain_model
+from .engines import any_process, check_tracker, engine, make_accelerator, plain_model, start_trackers
 from .model import _evaluating, feed_positions, seam_guard
 
 # %% ../nbs/06_train.ipynb #805358cb
@@ -121,13 +121,25 @@ class TrainSettings:
     save_total_limit:int=2                # Checkpoints to keep, >= 1; with one only, a damaged one has none before it
     dataloader_num_workers:int=0          # Processes that draw windows ahead of time
     loss_chunk:int=1024                   # Tokens whose logits exist at the same time, >= 1
+    eval_steps:int=0                      # Sit an exam every so many steps, and at the end; 0: never
+    eval_windows:int=8                    # Exam: windows of the original length, and as many of the target length, >= 1
+    eval_prompts:int=10                   # Exam: passkey prompts of the target length, at depths from 0 to 1, >= 0
+    max_short_loss:float=None             # Speak up if short texts cost this much more than with the base model, nats per token; None: never
+    stop_on_short_loss:bool=False         # ... and stop the run
+    load_best_model_at_end:bool=False     # Save the weights of the best exam instead of the last ones
+    metric_for_best_model:str='long_loss' # What is best: long_loss, short_loss, passkey
+    report_to:str='none'                  # Also log to one of accelerate's trackers: tensorboard, wandb, trackio, ...
     def __post_init__(self):
-        for n in ('max_steps', 'per_device_train_batch_size', 'gradient_accumulation_steps', 'save_total_limit', 'loss_chunk'): _at_least(self, n, 1)
-        for n in ('warmup_steps', 'weight_decay', 'save_steps', 'dataloader_num_workers'): _at_least(self, n, 0)
+        for n in ('max_steps', 'per_device_train_batch_size', 'gradient_accumulation_steps', 'save_total_limit', 'loss_chunk', 'eval_windows'): _at_least(self, n, 1)
+        for n in ('warmup_steps', 'weight_decay', 'save_steps', 'dataloader_num_workers', 'eval_steps', 'eval_prompts'): _at_least(self, n, 0)
         for n in ('learning_rate', 'max_grad_norm'): check(0 < getattr(self, n) < math.inf, f"{n} is {getattr(self, n)}; it must be a finite number above 0.")
         for n in ('adam_beta1', 'adam_beta2'): check(0 <= getattr(self, n) < 1, f"{n} is {getattr(self, n)}; it must be at least 0 and below 1.")
         check(0 <= self.seed < 2**32, f"seed is {self.seed}; it must be a whole number from 0 to {2**32 - 1}.")
-        check_schedule(self)
+        check_schedule(self); check_tracker(self.report_to); self._check_exam()
+    def _check_exam(self):
+        choose(self.metric_for_best_model, dict.fromkeys(('long_loss', 'short_loss', 'passkey')), 'metric_for_best_model')
+        for n in ('max_short_loss', 'load_best_model_at_end'): check(self.eval_steps or not getattr(self, n), f"{n} needs exams while training; give --eval-steps.")
+        check(self.eval_prompts or self.metric_for_best_model != 'passkey', "metric_for_best_model is passkey and there are no prompts; give --eval-prompts.")
 
 def _at_least(settings, name, low): check(getattr(settings, name) >= low, f"{name} is {getattr(settings, name)}; it must be at least {low}.")
 
@@ -293,15 +305,16 @@ def _recompute(model):
     if hasattr(model, 'activation_checkpointing_enable'): model.activation_checkpointing_enable(dict(use_reentrant=False))
     else: model.gradient_checkpointing_enable(dict(use_reentrant=False))
 
-def _prepare(model, settings):
+def _prepare(model, settings, out):
     "Accelerator, wrapped model, optimizer and schedule, ready for this machine."
-    acc = make_accelerator(settings)
+    acc = make_accelerator(settings, out)
     set_seed(settings.seed)
     if settings.gradient_checkpointing: _recompute(model)
     loss_model = LossModel(model.train(), settings.loss_chunk)
     opt, sched = make_optimizer(loss_model, settings)
     loss_model, opt = acc.prepare(loss_model, opt)
     acc.register_for_checkpointing(sched)
+    start_trackers(acc, settings)
     return acc, loss_model, opt, sched
 
 def _guards(acc, loss_model, batch):
@@ -320,10 +333,12 @@ def train(
     output_dir=None,         # Folder for log and checkpoints; None keeps everything in memory
     resume=None,             # Checkpoint folder to continue from, or True for the latest whole one in `output_dir`
     progress:bool=True,      # Show a progress bar
+    monitor=None,            # `Monitor` of page Watching; None for a log of losses only
 )->TrainResult:
     "Train. Raises `PoseError` if a guard fails, the loss is not finite, memory runs out, or the checkpoint cannot be used."
-    acc, loss_model, opt, sched = _prepare(model, settings)
     out = output_dir and Path(output_dir)
+    acc, loss_model, opt, sched = _prepare(model, settings, out)
+    if monitor: acc.register_for_checkpointing(monitor.seen)
     if out and acc.is_main_process: clear_unfinished(out)      # of a run that was killed while saving
     acc.wait_for_everyone()
     _guards(acc, loss_model, collate([dataset[i] for i in step_indices(0, 0, settings, acc.process_index, acc.num_processes)]))
@@ -339,15 +354,19 @@ def train(
             with _memory(acc, opt, out, done, settings): row = train_step(acc, loss_model, micro, opt, sched, settings, done)
             done += 1
             now = time.perf_counter()
-            _record(log, bar, dict(step=done, **row, tokens_per_second=row['tokens'] / (now - t1), data_share=(t2 - t1) / (now - t1), peak_gib=peak_memory()))
-            due, stop = settings.save_steps and done % settings.save_steps == 0, any_process(acc, flag.stop)
+            row = dict(step=done, **row, tokens_per_second=row['tokens'] / (now - t1), seconds=now - t1, data_seconds=t2 - t1, peak_gib=peak_memory())
+            if monitor: row |= monitor(acc, loss_model, micro, row)
+            _record(acc, log, bar, row)
+            due, stop = settings.save_steps and done % settings.save_steps == 0, any_process(acc, flag.stop or bool(monitor and monitor.stop))
             if out and (due or stop) and done < settings.max_steps: save_checkpoint(acc, out, done, settings)
+    acc.end_training()
     model.eval()
     return TrainResult(done, done < settings.max_steps, sum(r['tokens'] for r in log.rows), time.perf_counter() - t0, peak_memory(), log.rows, getattr(dataset, 'report', None), plain_model(acc, loss_model), flag.signal)
 
-def _record(log, bar, row):
-    "One line in the log, one move of the bar."
+def _record(acc, log, bar, row):
+    "One line in the log, one move of the bar, one entry for a tracker."
     log.add(row)
+    acc.log({k: v for k, v in row.items() if isinstance(v, (int, float))}, step=row['step'])
     bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['tokens_per_second']:,.0f} tokens/s, peak {row['peak_gib']:.2f} GiB", refresh=False)
     bar.update()
 
