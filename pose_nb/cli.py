@@ -55,7 +55,7 @@ def make_parser(
         flag, anno, help_ = '--' + name.replace('_', '-'), getattr(d.anno, '__name__', str(d.anno)), (d.docment or '').replace('%', '%%')
         if d.default is not inspect.Parameter.empty: _option(p, name, flag, anno, d.default, help_)
         elif first and d.kind is not inspect.Parameter.KEYWORD_ONLY: p.add_argument(name, help=help_); first = False
-        else: p.add_argument(flag, dest=name, required=True, type=_CONVERT.get(anno, str), help=help_, metavar=_metavar(anno))
+        else: p.add_argument(flag, dest=name, required=True, type=_CONVERT.get(anno, str), help=help_, metavar=_metavar(anno), **(dict(nargs='+') if anno == 'str | list' else {}))
     return p
 
 def _metavar(anno): return {'int': 'N', 'float': 'X', 'list': 'N,N', 'dict': 'JSON'}.get(anno, 'TEXT')

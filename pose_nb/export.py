@@ -8,6 +8,7 @@ __all__ = ['older_keys', 'add_older_keys', 'save_extended', 'write_record', 'rea
 
 # %% ../nbs/10_export.ipynb #aed2f32b
 import json, os, shutil, tempfile
+from fastcore.basics import listify
 from pathlib import Path
 
 import torch
@@ -163,13 +164,13 @@ def _take(source, target, copy):
     shutil.copyfile(source, target)
 
 # %% ../nbs/10_export.ipynb #501ec42b
-_NOT_TAKEN = ('config.json', 'pose_nb.json', 'README.md', 'train_log.jsonl', 'loss.svg')
+_NOT_TAKEN = ('config.json', 'pose_nb.json', 'README.md', 'train_log.jsonl', 'loss.svg', 'watch.svg', 'best.json')
 
 def _files(folder):
     "The files of a checkpoint, without those that describe another run."
     for p in sorted(folder.rglob('*')):
         parts = p.relative_to(folder).parts
-        if parts[0] in ('eval', 'data') or any(x.startswith(('.', 'checkpoint-')) for x in parts) or (len(parts) == 1 and p.name in _NOT_TAKEN): continue
+        if parts[0] in ('eval', 'best') or any(x.startswith(('.', 'checkpoint-')) for x in parts) or (len(parts) == 1 and p.name in _NOT_TAKEN): continue
         check(p.exists(), f"{p} is a link to a file that is not there; copy or download the checkpoint again.")
         if p.is_file(): yield p
 
@@ -295,9 +296,9 @@ def write_card(
     out, r = Path(output_dir), read_record(output_dir)
     check(r.get('rope'), f"{out} has no finished run to describe (no rope entry in pose_nb.json); finish the run with pose_nb extend first.")
     plan, env = r.get('plan', {}), r['environment']
-    plan = plan | {k: _shown(plan[k]) for k in ('model', 'data') if k in plan}
+    plan = plan | {k: ', '.join(map(_shown, listify(plan[k]))) for k in ('model', 'data') if k in plan}
     made = [dict(what=k, value=v) for k, v in (plan | r.get('result', {})).items() if not isinstance(v, (dict, list))]
     made += [dict(what='software', value=', '.join(f'{k} {env[k]}' for k in ('pose_nb', 'torch', 'transformers'))), dict(what='hardware', value=env['hardware'])]
     text = _CARD.format(title=out.resolve().name, sampler=plan.get('sampler', 'unknown'), scaling=plan.get('scaling', 'unknown'), base=json.dumps(plan.get('model', 'unknown'), ensure_ascii=False),
-                        original=r['rope']['original'], length=r['rope']['length'], made=markdown_table(made) + '\n![Training loss](loss.svg)\n' * (out/'loss.svg').exists(), evals=_eval_section(out), url='https://github.com/pose-nb/pose_nb')
+                        original=r['rope']['original'], length=r['rope']['length'], made=markdown_table(made) + '\n![Training loss](loss.svg)\n' * (out/'loss.svg').exists() + '\n![What the model could do while it trained](watch.svg)\n' * (out/'watch.svg').exists(), evals=_eval_section(out), url='https://github.com/pose-nb/pose_nb')
     return write_atomic(out/'README.md', text)

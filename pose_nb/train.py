@@ -24,6 +24,7 @@ from .checkpoint import checkpoints, clear_unfinished, find_checkpoint, load_che
 from .common import PoseError, check, choose, write_atomic
 from .data import collate
 from .engines import any_process, check_tracker, engine, make_accelerator, plain_model, start_trackers
+from .lora import trained_only
 from .model import _evaluating, feed_positions, seam_guard
 
 # %% ../nbs/06_train.ipynb #805358cb
@@ -247,17 +248,18 @@ def memory_advice(
 def _out_of_memory(e): return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or isinstance(e, RuntimeError) and ("can't allocate memory" in str(e) or 'out of memory' in str(e))
 
 @contextlib.contextmanager
-def _memory(acc, opt, out, done, settings):
-    "Turn running out of memory into a sentence, after saving what there is."
+def _keeping(acc, opt, out, done, settings):
+    "If data or memory end inside, save what there is, and say it in one sentence."
     try: yield; return
+    except PoseError as e: sentence = str(e).strip().splitlines()[-1].removeprefix('pose_nb.common.PoseError: ')      # a data worker sends a whole traceback
     except Exception as e:
         if not _out_of_memory(e): raise
-    opt.zero_grad(set_to_none=True)           # outside the handler, whose traceback would keep the tensors alive
+        sentence = f"memory ran out in step {done + 1}; try {memory_advice(settings)}."
+    opt.zero_grad(set_to_none=True)           # outside the handlers, whose tracebacks would keep the tensors alive
     torch.cuda.empty_cache()
     saved = out and done and acc.num_processes == 1
     if saved: save_checkpoint(acc, out, done, settings)
-    where = f" The first {done} steps are saved: resume with --resume-from-checkpoint." if saved else ''
-    raise PoseError(f"memory ran out in step {done + 1}; try {memory_advice(settings)}.{where}")
+    raise PoseError(sentence + (f" The first {done} steps are saved: go on with --resume-from-checkpoint." if saved else ''))
 
 # %% ../nbs/06_train.ipynb #712588d2
 def peak_memory()->float: # GiB
@@ -314,15 +316,16 @@ def _prepare(model, settings, out):
     opt, sched = make_optimizer(loss_model, settings)
     loss_model, opt = acc.prepare(loss_model, opt)
     acc.register_for_checkpointing(sched)
+    if engine() == 'whole' and not all(p.requires_grad for p in model.parameters()): trained_only(acc)      # LoRA: the frozen base stays where it is
     start_trackers(acc, settings)
     return acc, loss_model, opt, sched
 
-def _guards(acc, loss_model, batch):
+def _guards(acc, loss_model, batch, bf16):
     "Both guards, on the first batch, in the precision and mode of training."
     batch = send_to_device(batch, acc.device)
     inner = acc.unwrap_model(loss_model)      # with its autocast wrapper: keep_fp32_wrapper=False would take it off for good
     with acc.autocast():
-        seam_guard(inner, batch)
+        seam_guard(inner, batch, coarse=bf16)
         head_guard(inner, batch)
 
 # %% ../nbs/06_train.ipynb #3f41eb3e
@@ -341,7 +344,7 @@ def train(
     if monitor: acc.register_for_checkpointing(monitor.seen)
     if out and acc.is_main_process: clear_unfinished(out)      # of a run that was killed while saving
     acc.wait_for_everyone()
-    _guards(acc, loss_model, collate([dataset[i] for i in step_indices(0, 0, settings, acc.process_index, acc.num_processes)]))
+    _guards(acc, loss_model, collate([dataset[i] for i in step_indices(0, 0, settings, acc.process_index, acc.num_processes)]), settings.bf16)
     start = load_checkpoint(acc, find_checkpoint(out) if resume is True else resume, settings) if resume else 0
     log, t0, done = _Log(out, start, acc.is_main_process), time.perf_counter(), start
     with StopFlag() as flag, tqdm(total=settings.max_steps, initial=start, desc='training', unit=' steps', disable=not (progress and acc.is_main_process)) as bar, contextlib.ExitStack() as after:
@@ -349,9 +352,10 @@ def train(
         batches, stop = iter(_loader(dataset, settings, start, acc)), False
         while done < settings.max_steps and not stop:
             t1 = time.perf_counter()
-            micro = [next(batches) for _ in range(settings.gradient_accumulation_steps)]
-            t2 = time.perf_counter()
-            with _memory(acc, opt, out, done, settings): row = train_step(acc, loss_model, micro, opt, sched, settings, done)
+            with _keeping(acc, opt, out, done, settings):
+                micro = [next(batches) for _ in range(settings.gradient_accumulation_steps)]
+                t2 = time.perf_counter()
+                row = train_step(acc, loss_model, micro, opt, sched, settings, done)
             done += 1
             now = time.perf_counter()
             row = dict(step=done, **row, tokens_per_second=row['tokens'] / (now - t1), seconds=now - t1, data_seconds=t2 - t1, peak_gib=peak_memory())

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PEAK', 'BEST', 'Seen', 'Shape', 'shape_of', 'window_flops', 'peak_flops', 'Exam', 'mean_loss', 'keys_found', 'sit',
-           'Monitor', 'keep_best', 'plot_watch']
+           'Monitor', 'keep_best', 'load_best', 'plot_watch']
 
 # %% ../nbs/06d_watch.ipynb #890dd6f2
 import contextlib, math, os, shutil, warnings
@@ -13,11 +13,13 @@ from pathlib import Path
 
 import numpy as np, torch
 from accelerate.utils import send_to_device
+from safetensors.torch import load_file, save_file
 from scipy.ndimage import distance_transform_edt
 
 from .common import PoseError, check, read_json, write_json
 from .data import TokenStore, WindowDataset, collate
 from .engines import on_main, plain_model
+from .lora import load_trainable, trainable_state
 from .model import _evaluating, feed_positions
 from .positions import Contiguous, runs
 from .retrieval import draw_key, passkey_prompt, trial_rng
@@ -233,13 +235,21 @@ def keep_best(
 def _write_best(model, out, record):
     "Weights first, under another name; the record, which makes them count, last."
     tmp, final = out/'.best.tmp', out/'best'
-    shutil.rmtree(tmp, ignore_errors=True)
-    try: model.save_pretrained(tmp)
+    shutil.rmtree(tmp, ignore_errors=True); tmp.mkdir()
+    try: save_file(trainable_state(model), tmp/'trained.safetensors')
     except Exception as e: raise PoseError(f"the best weights could not be written to {out} ({(str(e).splitlines() or [type(e).__name__])[0]}); free some space and resume.") from e
     (out/'best.json').unlink(missing_ok=True)
     shutil.rmtree(final, ignore_errors=True)
     os.replace(tmp, final)
     write_json(out/'best.json', record)
+
+def load_best(
+    model,       # The model that was trained; changed in place
+    output_dir,  # The run's folder
+): # The same model
+    "Put the best weights back. Raises `PoseError` if there are none, or they are of another model."
+    check((Path(output_dir)/'best.json').exists(), f"{output_dir} holds no best weights; the run had no exam yet.")
+    return load_trainable(model, load_file(Path(output_dir)/'best'/'trained.safetensors'))
 
 # %% ../nbs/06d_watch.ipynb #bc945b15
 def plot_watch(

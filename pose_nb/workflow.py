@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['DEMO_TARGET', 'DEMO_LENGTHS', 'DEMO', 'DEMO_MIX', 'plan_extension', 'make_scaling', 'make_sampler', 'bos_id',
-           'make_dataset', 'extend', 'save_figure', 'patch_model', 'default_lengths', 'heldout_texts', 'eval_ppl',
-           'eval_passkey', 'coverage_report', 'demo_variants', 'demo', 'demo_rows', 'demo_plots']
+           'make_dataset', 'run_data', 'extend', 'save_figure', 'describe_run', 'patch_model', 'default_lengths',
+           'heldout_texts', 'eval_ppl', 'eval_passkey', 'coverage_report', 'demo_variants', 'demo', 'demo_rows',
+           'demo_plots']
 
 # %% ../nbs/10b_workflow.ipynb #0fbec6f7
 import contextlib, os, shutil, sys, warnings
@@ -17,9 +18,9 @@ from fastcore.basics import listify
 from fastcore.meta import delegates
 from transformers.utils.logging import disable_progress_bar
 
-from .common import PoseError, check, choose, environment, write_atomic, write_json
+from .common import PoseError, check, choose, environment, read_json, write_atomic, write_json
 from .coverage import coverage, examples_needed, never_seen, plot_coverage
-from .data import GeneratedDataset, Mixture, WindowDataset, load_store, read_documents, save_store, stdlib_documents, tokenize
+from .data import GeneratedDataset, Mixture, read_documents, stdlib_documents, tokenize
 from .doctor import doctor
 from .export import check_reload, claim_folder, patch_checkpoint, read_record, save_extended, write_card, write_record
 from .interpolation import SCALINGS, get_scaling
@@ -30,9 +31,13 @@ from .plots import length_plot, plt, table, use_style
 from .samplers import SAMPLERS, Segments, digit_tokens, get_sampler, sentence_ends
 from .practice import CopyDocuments, PasskeyDocuments
 from .retrieval import passkey
-from .checkpoint import check_resume, find_checkpoint
-from .engines import engine, join, on_main
-from .train import TrainSettings, plot_loss, read_log, train
+from .checkpoint import check_resume, find_checkpoint, global_batch
+from .engines import engine, join, make_accelerator, on_main
+from .lora import LoraSettings, add_lora, check_precision, inner_model, merge_lora, quantization_config
+from .positions import Contiguous, runs
+from .sources import content_key, open_sources, parse_sources
+from .train import LossModel, TrainSettings, plot_loss, read_log, train
+from .watch import Exam, Monitor, load_best, mean_loss, plot_watch
 
 # %% ../nbs/10b_workflow.ipynb #48d8b9ad
 def plan_extension(
@@ -133,24 +138,45 @@ def bos_id(
     return own if (bos or adds) else None
 
 def make_dataset(
-    store,                   # `TokenStore`
-    sampler,                 # Position sampler
+    text,                    # Text windows: `WindowDataset`, `StreamDataset` or `Sources`
     tokenizer,               # For generated documents
     seed:int=0,              # Every draw flows from it
-    bos:int=None,            # Token id each text window starts with
     passkey_share:float=0.,  # Share of windows that are passkey documents, in [0, 1)
     copy_share:float=0.,     # Share of windows that are copying exercises, in [0, 1)
-    mask_seam:bool=True,     # Do not train on the first token after a jump in the text
+    ordinary=None,           # Text windows at ordinary positions
+    mix_original:float=0.,   # Share of these, in [0, 1)
 ): # An endless dataset of windows
-    "Text windows, mixed with generated ones. Raises `PoseError` if the shares leave no text."
-    text = 1 - passkey_share - copy_share
-    check(min(passkey_share, copy_share) >= 0 and text > 1e-9, f"shares of passkey ({passkey_share}) and copy ({copy_share}) documents must be at least 0 and leave room for text.")
-    parts = [(WindowDataset(store, sampler, seed, bos, mask_seam=mask_seam), text)]
-    if passkey_share: parts.append((GeneratedDataset(PasskeyDocuments(tokenizer, store), sampler, seed), passkey_share))
-    if copy_share: parts.append((GeneratedDataset(CopyDocuments(tokenizer, store), sampler, seed), copy_share))
+    "Text windows, mixed with generated and ordinary ones. Raises `PoseError` if the shares leave no text."
+    rest = 1 - passkey_share - copy_share - mix_original
+    check(min(passkey_share, copy_share, mix_original) >= 0 and rest > 1e-9, f"shares of passkey ({passkey_share}), copy ({copy_share}) and ordinary ({mix_original}) windows must be at least 0 and leave room for text at skipped positions.")
+    first = getattr(text, 'datasets', [text])[0]
+    sampler, parts = first.sampler, [(text, rest)]
+    check(hasattr(first, 'store') or not (passkey_share or copy_share), "generated documents need stored text; leave out --passkey-share and --copy-share, or --stream.")
+    if passkey_share: parts.append((GeneratedDataset(PasskeyDocuments(tokenizer, first.store), sampler, seed), passkey_share))
+    if copy_share: parts.append((GeneratedDataset(CopyDocuments(tokenizer, first.store), sampler, seed), copy_share))
+    if mix_original: parts.append((ordinary, mix_original))
     for d, _ in parts:           # a generator refuses a window that is too short for it
         check(bool((d[0]['labels'][1:] != -100).any()), f"a window of {sampler.window} tokens leaves nothing to train on, since the label after the seam is masked; use a larger --window, or --keep-seam.")
-    return parts[0][0] if len(parts) == 1 else Mixture(parts, seed)
+    return text if len(parts) == 1 else Mixture(parts, seed)
+
+def _open(plan, tokenizer, sampler, settings, num_proc=1, progress=False):
+    "The text windows of a plan at the positions of `sampler`."
+    found = open_sources(plan['data'], tokenizer, sampler, settings.seed, plan['bos'], mask_seam=not plan['keep_seam'], stream=plan['stream'], text_field=plan['text_field'],
+                         examples=settings.max_steps * global_batch(settings, join().num_processes), **(dict() if plan['stream'] else dict(num_proc=num_proc, progress=progress)))
+    return found if len(found.datasets) > 1 else found.datasets[0]
+
+def run_data(
+    plan:dict,           # From `plan_extension`, with its data
+    tokenizer,           # The model's tokenizer
+    settings,            # `TrainSettings`
+    num_proc:int=1,      # Processes that tokenise, >= 1
+    progress:bool=False, # Show progress bars
+): # An endless dataset of windows
+    "The windows of a run: text, generated documents and ordinary windows in the shares of the plan. Raises `PoseError` for data that cannot be used."
+    text, ordinary, share = _open(plan, tokenizer, make_sampler(plan, tokenizer), settings, num_proc, progress), None, plan['mix_original']
+    check(not share or plan['sampler'] != 'e2llm', "e2llm counts positions in fractions, which cannot share a batch with ordinary windows; leave out --mix-original.")
+    if share: ordinary = _open(plan, tokenizer, Contiguous(plan['window'], plan['window']), settings)
+    return make_dataset(text, tokenizer, settings.seed, plan['passkey_share'], plan['copy_share'], ordinary, share)
 
 # %% ../nbs/10b_workflow.ipynb #d7cda6f7
 def _resume_plan(out, plan):
@@ -160,38 +186,59 @@ def _resume_plan(out, plan):
     changed = [f"{k} was {old.get(k)} and is now {v}" for k, v in plan.items() if old.get(k) != v]
     check(not changed, f"{out} was started with another plan ({'; '.join(changed)}); resume with the same arguments or choose a new --output-dir.")
 
-def _resume_from(out, plan, checkpoint, settings):
+def _resume_from(out, plan, checkpoint, settings, data_key):
     "The checkpoint to continue from, after everything that could speak against it was checked."
     _resume_plan(out, plan)
+    check(data_key in (None, read_record(out).get('data_key')), f"the data has other content than when {out} was started; restore it, or choose a new --output-dir.")
     where = find_checkpoint(out) if checkpoint in (True, 'latest') else Path(checkpoint)
     check_resume(where, settings)
     return where
 
 def _say_short(report):
     "Tell how many documents are too short to be used, if any."
-    if report['short']: print(f"{report['short']:,} of {report['documents']:,} documents have fewer than {report['need']:,} tokens and are not used ({report['short_tokens']:,} tokens).", file=sys.stderr, flush=True)
+    if report.get('short_tokens'): print(f"{report['short']:,} of {report['documents']:,} documents have fewer than {report['need']:,} tokens and are not used ({report['short_tokens']:,} tokens).", file=sys.stderr, flush=True)
 
-def _documents_of(data, out, tokenizer, text_field, resume, progress):
-    "The token store of a run: made once, by the first process, kept in the run's folder, reopened on resume."
-    def make(): save_store(tokenize(read_documents(data, text_field), tokenizer, progress=progress), out/'data')
-    if not (resume and (out/'data'/'store.json').exists()): on_main(make)
-    return load_store(out/'data')
-
-def _claim(out, plan, checkpoint, settings):
-    "The folder of a run, and the checkpoint to continue from, if any."
+def _claim(out, plan, checkpoint, settings, tokenizer):
+    "The folder of a run is ours: a key of the data's content, and the checkpoint to continue from, if any."
+    key = None if plan['stream'] else content_key(list(parse_sources(plan['data'])), tokenizer, plan['text_field'])
     claim_folder(out, bool(checkpoint))
-    return _resume_from(out, plan, checkpoint, settings) if checkpoint else None
+    return key, _resume_from(out, plan, checkpoint, settings, key) if checkpoint else None
 
-def _scaled_model(plan, attn_implementation, trust_remote_code):
-    "The model of a plan in float32, with the rotation that it is trained with."
-    net = load_model(plan['model'], torch.float32, attn_implementation, device=None if engine() == 'whole' else 'cpu', trust_remote_code=trust_remote_code)
+def _exam(plan, eval_data, settings, tokenizer):
+    "The exam of a run, or None."
+    if not settings.eval_steps: return None
+    source = eval_data or ('stdlib' if plan['data'] == ['stdlib'] else None)
+    check(source, "exams while training need documents that training does not read; name them with --eval-data.")
+    check(source == 'stdlib' or source not in parse_sources(plan['data']), f"--eval-data {source} is also trained on; name other documents.")
+    store = tokenize(heldout_texts(source, plan['text_field']), tokenizer, progress=False)
+    return Exam(store, tokenizer, plan['original'], plan['target'], settings.eval_windows, settings.eval_prompts, plan['bos'], settings.seed)
+
+def _base_loss(net, exam, settings):
+    "How well the base model, at its own rotation, reads windows of its own length."
+    if exam is None: return None
+    acc, device = make_accelerator(settings), next(net.parameters()).device
+    loss_model = LossModel(net.to(acc.device), settings.loss_chunk).eval()
+    with torch.no_grad(), acc.autocast(): loss = mean_loss(acc, loss_model, exam.near)
+    net.to(device)
+    return loss
+
+def _base_model(plan, settings, attn_implementation, trust_remote_code):
+    "The model of a plan as it was: in float32, or as it is stored where it stays frozen and products are in bf16 anyway."
+    lora = plan.get('lora')
+    check(not lora or engine() == 'whole', f"LoRA trains so little that every process can hold the whole model; launch it with configs/accelerate/ddp.yaml instead of {engine()}.")
+    return load_model(plan['model'], None if lora and settings.bf16 else torch.float32, attn_implementation, device=None if engine() == 'whole' else 'cpu', trust_remote_code=trust_remote_code)
+
+def _scaled(net, plan):
+    "The model with the rotation that it is trained with."
     scheme, longest = make_scaling(plan), max(plan['target'], plan['original'])
     set_scaling(net, scheme, longest, plan['original'])                                          # refuses what could not be saved at the end
     return set_scaling(net, scheme.at(longest, plan['original']), longest, plan['original'])     # fixed while training
 
-def _check_vocabulary(net, store):
+def _check_vocabulary(net, dataset):
     "Refuse a tokenizer that gives ids which the model does not have."
-    top, vocab = int(store.tokens.max()), net.get_input_embeddings().num_embeddings
+    text = getattr(dataset, 'datasets', [dataset])[0]
+    stores = [d.store for d in getattr(text, 'datasets', [text]) if hasattr(d, 'store')]
+    top, vocab = max((int(s.tokens.max()) for s in stores), default=0), net.get_input_embeddings().num_embeddings
     check(top < vocab, f"the tokenizer gives token id {top}, but the model's vocabulary has {vocab} entries; use the tokenizer of this model.")
 
 # %% ../nbs/10b_workflow.ipynb #6573d506
@@ -199,7 +246,7 @@ def _check_vocabulary(net, store):
 def extend(
     model,                          # Checkpoint folder or hub id of a RoPE model
     target:int,                     # Context length to reach, in tokens
-    data,                           # Text, JSON-lines or parquet file, folder, dataset id, or "stdlib"
+    data:str|list,                  # Text, JSON-lines or parquet file, folder, dataset id, or "stdlib"; several are read in shares of their size, or of the weights behind them: a.jsonl:0.7 b.jsonl:0.3
     output_dir,                     # Where the result goes; must be new or empty
     window:int=None,                # Training window, in tokens; None: the window the model was trained on
     scaling:str='yarn',             # Interpolation: none, linear, ntk, ntk_by_parts, yarn, yarn_revised, llama3, longrope, dynamic, abf
@@ -212,13 +259,22 @@ def extend(
     first_chunk:str='paper',        # PoSE: length of the first piece: paper, code
     sampler_kwargs:dict=None,       # Fields of other samplers, such as {"sigma": 2.5} for cream, or {"split_ids": ["<|im_start|>"]} for turns
     text_field:str='text',          # Field with the text in structured data
+    stream:bool=False,              # Read the data in order as it is needed, and store nothing
+    num_proc:int=1,                 # Processes that tokenise
+    eval_data:str=None,             # Documents for the exam of --eval-steps; None: for "stdlib" its held-out files
     bos:bool=None,                  # Start windows with BOS: True, False, or None for what the tokenizer does
     passkey_share:float=0.,         # Share of generated passkey documents, in [0, 1)
     copy_share:float=0.,            # Share of generated copying exercises, in [0, 1)
+    mix_original:float=0.,          # Share of ordinary windows, at positions 0, 1, 2, ..., in [0, 1)
+    lora_r:int=0,                   # Rank of LoRA; 0 trains every weight
+    lora_targets:str=None,          # LoRA beside these linear layers: "attention", or names with commas; None: beside all
+    lora_only:bool=False,           # LoRA without training norms and embeddings
+    load_in_4bit:bool=False,        # LoRA on a base in 4 bits; needs bitsandbytes and a GPU
     keep_seam:bool=False,           # Also train on the first token after a jump in the text, as the released code does
     attn_implementation:str=None,   # sdpa, eager, flash_attention_2; None lets transformers choose
     trust_remote_code:bool=False,   # Run code that comes with the checkpoint
     resume_from_checkpoint:str=None,# Checkpoint folder to continue from, or "latest"
+    dry_run:bool=False,             # Only show the plan and three examples
     progress:bool=True,             # Show progress bars
     **kwargs
 )->dict: # The run's record, as in `pose_nb.json`; its `status` is "done" or "stopped"
@@ -227,19 +283,24 @@ def extend(
     if not progress: disable_progress_bar()
     check_attention(attn_implementation)
     plan = on_main(lambda: plan_extension(model, target, window, scaling, factor, scaling_kwargs, original, sampler, chunks, content, first_chunk, sampler_kwargs, trust_remote_code))
-    plan |= dict(data=str(data), text_field=text_field, passkey_share=passkey_share, copy_share=copy_share, keep_seam=keep_seam)
-    tokenizer = load_tokenizer(model, trust_remote_code)
+    plan |= dict(data=[str(d) for d in listify(data)], text_field=text_field, stream=stream, passkey_share=passkey_share, copy_share=copy_share, mix_original=mix_original, keep_seam=keep_seam)
+    if lora_r: plan['lora'] = dict(r=lora_r, targets=lora_targets, only=lora_only, load_in_4bit=load_in_4bit)
+    check(lora_r or not (lora_targets or lora_only or load_in_4bit), "lora_targets, lora_only and load_in_4bit belong to LoRA; give its rank with --lora-r, such as 8.")
+    tokenizer, quiet = load_tokenizer(model, trust_remote_code), not (progress and state.is_main_process)
     plan['bos'] = bos_id(tokenizer, bos)
-    positions = make_sampler(plan, tokenizer)
-    where = on_main(lambda: _claim(out, plan, resume_from_checkpoint, settings))
+    make_sampler(plan, tokenizer); _lora_settings(plan)                      # refuse what they refuse before anything is written
+    if dry_run: return describe_run(plan, settings, on_main(lambda: run_data(plan, tokenizer, settings, num_proc, not quiet)), tokenizer)
+    key, where = on_main(lambda: _claim(out, plan, resume_from_checkpoint, settings, tokenizer))
     try:
-        store = _documents_of(data, out, tokenizer, text_field, resume, progress and state.is_main_process)
-        dataset = make_dataset(store, positions, tokenizer, settings.seed, plan['bos'], passkey_share, copy_share, not keep_seam)
-        net = _scaled_model(plan, attn_implementation, trust_remote_code)
-        _check_vocabulary(net, store)
-        on_main(lambda: _begin(out, plan, settings, dataset.report))
-        result = train(net, dataset, settings, out, where, progress)
-        return on_main(lambda: _finish(out, plan, tokenizer, result, load_config(model, trust_remote_code).dtype))
+        on_main(lambda: run_data(plan, tokenizer, settings, num_proc, not quiet) and None)       # the first process tokenises, the others open
+        dataset, exam = run_data(plan, tokenizer, settings), _exam(plan, eval_data, settings, tokenizer)
+        net = _base_model(plan, settings, attn_implementation, trust_remote_code)
+        base_loss = _base_loss(net, exam, settings)
+        peft = _add_lora(_scaled(net, plan), plan, settings)
+        _check_vocabulary(inner_model(peft), dataset)
+        on_main(lambda: _begin(out, plan, settings, dataset.report, key, base_loss))
+        result = train(inner_model(peft), dataset, settings, out, where, progress, Monitor(inner_model(peft), target, settings, exam, base_loss, out))
+        return on_main(lambda: _finish(out, plan, tokenizer, result, peft, settings, trust_remote_code))
     except BaseException as e:
         if state.is_main_process: _abandon(out, e, fresh=not resume)
         raise
@@ -255,29 +316,42 @@ def _abandon(out, error, fresh):
         if read_record(out).get('status') == 'running': write_record(out, dict(status='failed', error=str(error) or type(error).__name__))
 
 def _release(out):
-    "Remove a folder that this run created and has written nothing but tokens and its record to."
-    shutil.rmtree(out/'data', ignore_errors=True)
+    "Remove a folder that this run created and has written nothing but its record to."
     for f in ('pose_nb.json', 'train_log.jsonl'): (out/f).unlink(missing_ok=True)
     if out.exists() and not any(out.iterdir()): out.rmdir()
 
-def _begin(out, plan, settings, report):
+def _begin(out, plan, settings, report, key, base_loss):
     "Note what is about to happen."
     _say_short(report)
-    write_record(out, dict(status='running', plan=plan, settings=asdict(settings), data=report, processes=join().num_processes, engine=engine()))
+    write_record(out, dict(status='running', plan=plan, settings=asdict(settings), data=report, data_key=key, base_short_loss=base_loss, processes=join().num_processes, engine=engine()))
 
-def _finish(out, plan, tokenizer, result, dtype):
+def _best_or_last(net, out, settings):
+    "Put the weights of the best exam into the model, if that was asked for. -> the step they are of, or None"
+    if not settings.load_best_model_at_end: return None
+    load_best(net, out)
+    return read_json(out/'best.json')['step']
+
+def _finish(out, plan, tokenizer, result, peft, settings, trust_remote_code):
     "Save a finished run in the precision of the checkpoint it started from, or note that it was stopped."
     summary = dict(steps=result.step, tokens=result.tokens, seconds=round(result.seconds, 1), peak_gib=round(result.peak_gib, 3))
     if result.stopped: return write_record(out, dict(status='stopped', result=summary)) | dict(signal=result.signal)
     net, scheme, longest = result.model, make_scaling(plan), max(plan['target'], plan['original'])
+    best = _best_or_last(net, out, settings)
+    if plan.get('lora'): net = _merge(peft, plan, trust_remote_code)
     if scheme != scheme.at(longest, plan['original']): set_scaling(net, scheme, longest)
-    save_extended(cast_weights(net, dtype), tokenizer, out)
+    save_extended(cast_weights(net, load_config(plan['model'], trust_remote_code).dtype), tokenizer, out)
     check_reload(out, net)
-    use_style()
-    save_figure(plot_loss(result.history), out/'loss.svg')
-    record = write_record(out, dict(status='done', result=summary | dict(final_loss=result.history[-1]['loss'])))
+    _curves(out, result.history)
+    final = dict(final_loss=result.history[-1]['loss']) | {k: v for k, v in result.history[-1].items() if k.startswith('eval_')} | (dict(best_step=best) if best else {})
+    record = write_record(out, dict(status='done', result=summary | final))
     write_card(out)
     return record
+
+def _curves(out, history):
+    "The figures of a run."
+    use_style()
+    save_figure(plot_loss(history), out/'loss.svg')
+    if any('eval_long_loss' in r for r in history): save_figure(plot_watch(history, read_record(out).get('base_short_loss'))[0], out/'watch.svg')
 
 def save_figure(
     ax,    # A matplotlib axis
@@ -291,6 +365,52 @@ def save_figure(
     ax.figure.savefig(buffer, format=Path(path).suffix[1:], metadata={'Date': None} if Path(path).suffix == '.svg' else None)
     plt.close(ax.figure)
     return write_atomic(path, buffer.getvalue())
+
+# %% ../nbs/10b_workflow.ipynb #c8b17fc5
+def _lora_settings(plan):
+    "The LoRA of a plan, or None."
+    p = plan.get('lora')
+    if not p: return None
+    if p['load_in_4bit']: quantization_config()          # refuses where it cannot work
+    targets = p['targets'] if p['targets'] in (None, 'attention') else tuple(p['targets'].split(','))
+    return LoraSettings(r=p['r'], targets=targets, train_norms=not p['only'], train_embeddings=not p['only'])
+
+def _add_lora(net, plan, settings):
+    "The model to train: with LoRA where the plan has it, else as it is."
+    lora = _lora_settings(plan)
+    if not lora: return net
+    peft = add_lora(net, lora, settings.seed)
+    check_precision(inner_model(peft), settings.bf16)
+    return peft
+
+def _merge(peft, plan, trust_remote_code):
+    "LoRA added to the weights; to fresh ones where the base is in 4 bits."
+    fresh = _scaled(load_model(plan['model'], torch.float32, trust_remote_code=trust_remote_code), plan) if plan['lora']['load_in_4bit'] else None
+    return merge_lora(peft, base=fresh)
+
+# %% ../nbs/10b_workflow.ipynb #098078ae
+def _piece(tokenizer, ids, start, n):
+    text = tokenizer.decode(ids[:24])
+    return f"  {start:>9,} - {start + n - 1:<9,} {n:>6,} tokens: {text[:64]!r}"
+
+def describe_run(
+    plan:dict,     # From `plan_extension`, with its data
+    settings,      # `TrainSettings`
+    dataset,       # From `run_data`
+    tokenizer,     # To show text
+    examples:int=3,# How many examples to show
+    pieces:int=6,  # How many pieces of each
+)->dict: # plan, settings and a text
+    "Show what a run would read."
+    lines = [f'{k}: {v}' for k, v in plan.items()] + [f'windows per step: {global_batch(settings, join().num_processes)}', f'steps: {settings.max_steps}', f'data found: {dataset.report}']
+    for i in range(examples):
+        e = dataset[i]
+        ids, pos = e['input_ids'].tolist(), e['position_ids'].numpy()
+        found, at = runs(pos), 0
+        lines += ['', f"example {i}: {len(ids):,} tokens, {int((e['labels'] != -100).sum()):,} labels, {len(found):,} piece{'s' * (len(found) > 1)}"]
+        for start, n in found[:pieces]: lines.append(_piece(tokenizer, ids[at:at + n], start, n)); at += n
+        if len(found) > pieces: lines.append(f'  ... and {len(found) - pieces:,} more')
+    return dict(status='dry run', plan=plan, settings=asdict(settings), text='\n'.join(lines))
 
 # %% ../nbs/10b_workflow.ipynb #ce92b3e8
 def patch_model(

@@ -15,6 +15,7 @@ WORDS = 'the a sea wind stone river light bird night old small green runs falls 
 def one_thread(tmp_path_factory):
     torch.set_num_threads(1)
     os.environ['HF_DATASETS_CACHE'] = str(tmp_path_factory.mktemp('datasets_cache'))
+    os.environ['POSE_NB_CACHE'] = str(tmp_path_factory.mktemp('tokens'))
     import transformers
     transformers.logging.set_verbosity_error(); transformers.logging.disable_progress_bar()
 

@@ -36,8 +36,8 @@ def test_what_is_not_given_has_a_reason_and_the_result_is_json():
 def test_the_command_is_accepted_word_for_word(kw):
     p = plan(BASE, 2048, **kw)
     args = parsed(p['command'])
-    assert args['model'] == str(BASE) and args['target'] == 2048 and args['data'] == kw.get('data', 'stdlib') and args['output_dir'] == kw.get('output_dir', 'out')
-    assert all(args[k] == v for k, v in (p['recommended'] | kw).items())
+    assert args['model'] == str(BASE) and args['target'] == 2048 and args['data'] == [kw.get('data', 'stdlib')] and args['output_dir'] == kw.get('output_dir', 'out')
+    assert all(args[k] == v for k, v in (p['recommended'] | kw).items() if k != 'data')
 
 def test_the_planned_command_runs(cli, checkpoint, corpus, tmp_path):
     p = plan(checkpoint(), 256, max_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=2, data=str(corpus.jsonl), output_dir=str(tmp_path/'out'))
