@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN    := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
+export DS_BUILD_OPS ?= 0
+export DS_ACCELERATOR ?= $(if $(shell command -v nvidia-smi),cuda,cpu)
 
 .PHONY: demo test test-engines notebooks bench docs clean
 

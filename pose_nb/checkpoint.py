@@ -114,7 +114,7 @@ def _damage(path):
     except PoseError as e: return str(e).split(';')[0]
 
 # %% ../nbs/06b_checkpoint.ipynb #f161341a
-FREE = {'eval_steps', 'eval_windows', 'eval_prompts', 'max_short_loss', 'stop_on_short_loss', 'load_best_model_at_end', 'metric_for_best_model', 'report_to', 'save_steps', 'save_total_limit', 'dataloader_num_workers', 'loss_chunk', 'gradient_checkpointing', 'per_device_train_batch_size', 'gradient_accumulation_steps'}
+FREE = {'torch_compile', 'use_liger_kernel', 'eval_steps', 'eval_windows', 'eval_prompts', 'max_short_loss', 'stop_on_short_loss', 'load_best_model_at_end', 'metric_for_best_model', 'report_to', 'save_steps', 'save_total_limit', 'dataloader_num_workers', 'loss_chunk', 'gradient_checkpointing', 'per_device_train_batch_size', 'gradient_accumulation_steps'}
 
 def check_resume(
     path,             # A checkpoint folder
