@@ -42,6 +42,7 @@ def chunked_loss(
     "Next-token loss without ever holding window x vocabulary logits, forwards or backwards."
     h, y = hidden[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
     w = torch.ones_like(y, dtype=torch.float32) if weights is None else weights[:, 1:].flatten()
+    if len(y) <= chunk: return _slice_loss(head, h, y, w)          # one slice: keeping its logits takes no more than making them again
     parts = zip(h.split(chunk), y.split(chunk), w.split(chunk))
     return sum(checkpoint(_slice_loss, head, *p, use_reentrant=False) for p in parts)
 

@@ -100,6 +100,82 @@ def bench_steps(repeats):
     return rows
 
 
+class Clock:
+    "A dataset that notes when each of its examples is asked for, so that loops which cannot be stepped from outside can be timed alike."
+    def __init__(self, data): self.data, self.asked = data, {}
+    def __getitem__(self, i): self.asked[i] = time.perf_counter(); return self.data[i]
+
+
+VOCAB = 1024
+
+def small_model(vocab=None):
+    from transformers import LlamaConfig, LlamaForCausalLM
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocab or VOCAB, hidden_size=128, intermediate_size=352, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=8*WINDOW)).to('cuda' if CUDA else 'cpu').train()
+
+
+def small_data():
+    from pose_nb.data import TokenStore, WindowDataset
+    from pose_nb.positions import PoSE
+    tokens = np.random.default_rng(0).integers(0, 1024, 600_000).astype(np.int32)
+    return WindowDataset(TokenStore(tokens, np.arange(0, 600_001, 20_000)), PoSE(WINDOW, 8*WINDOW))
+
+
+def run_bare(data, steps, rows=ROWS):
+    "The limit: forward pass with the model's own loss, backward pass, clipping, AdamW, and nothing else."
+    from pose_nb.data import collate
+    model = small_model()
+    opt = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    for t in range(steps):
+        batch = {k: v.to(model.device) for k, v in collate([data[t*rows + j] for j in range(rows)]).items() if k != 'loss_weights'}
+        model(**batch, use_cache=False).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
+        opt.step(); opt.zero_grad(set_to_none=True)
+
+
+def run_ours(data, steps, rows=ROWS):
+    "`train` as `extend` calls it: guards, log file, progress, monitor."
+    import tempfile
+    from pose_nb.train import TrainSettings, train
+    from pose_nb.watch import Monitor
+    settings, model = TrainSettings(max_steps=steps, per_device_train_batch_size=rows, learning_rate=1e-4, warmup_steps=0), small_model()
+    with tempfile.TemporaryDirectory() as d: train(model, data, settings, d, progress=False, monitor=Monitor(model, 8*WINDOW, settings, output_dir=d))
+
+
+def run_trainer(data, steps, rows=ROWS):
+    "transformers' Trainer on the same windows, with its defaults."
+    import tempfile
+    from transformers import Trainer, TrainingArguments
+    from transformers.utils import logging
+    from pose_nb.trainer import RunView
+    logging.set_verbosity_error(); logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as d:
+        args = TrainingArguments(d, max_steps=steps, per_device_train_batch_size=rows, learning_rate=1e-4, disable_tqdm=True, use_cpu=not CUDA, save_strategy='no', train_sampling_strategy='sequential', dataloader_pin_memory=CUDA)
+        Trainer(small_model(), args, train_dataset=RunView(data, steps*rows)).train()
+
+
+LOOPS = dict(bare=run_bare, pose_nb=run_ours, Trainer=run_trainer)
+
+
+def step_time(run, steps, warm=5):
+    "Seconds per step of a loop, between the examples it asks for, data included."
+    clock = Clock(small_data())
+    run(clock, steps)
+    return (clock.asked[(steps - 1)*ROWS] - clock.asked[warm*ROWS]) / (steps - 1 - warm)
+
+
+def bench_loops(repeats, steps=40):
+    "A bare loop, this package's and transformers' Trainer on the same windows."
+    times = {n: [] for n in LOOPS}
+    for _ in range(repeats):
+        for n, run in LOOPS.items(): times[n].append(step_time(run, steps))
+    peak = {n: peak_of('loop', n) for n in LOOPS}
+    def row(n):
+        r = [a / b for a, b in zip(times[n], times['bare'])]
+        return dict(loop=n, time=statistics.median(r), quartile_low=statistics.quantiles(r, n=4)[0], quartile_high=statistics.quantiles(r, n=4)[2], memory_mib=peak[n], memory=peak[n] / peak['bare'], runs=len(r))
+    return [row(n) for n in LOOPS]
+
+
 def bench_overhead(repeats):
     "A PoSE step against the same step with contiguous positions."
     t = interleaved({'pose': model_and_step('pose', 8), 'contiguous': model_and_step('contiguous', 1)}, repeats)
@@ -138,12 +214,18 @@ def bench_draw(repeats, window=2048, target=16_384, n=128):
 
 
 def bench_loss():
-    "Peak memory of the loss at a vocabulary of 32,000 and 4,096 tokens."
-    naive, chunked = peak_loss_of('naive'), peak_loss_of('chunked')
-    return [dict(loss='naive', peak_mib=naive, ratio=1.), dict(loss='chunked', peak_mib=chunked, ratio=chunked / naive)]
+    "Peak memory of the loss of 4,096 tokens at two vocabularies."
+    rows = []
+    for vocab in (32_000, 128_256):
+        naive, chunked = (peak_of(f'loss-{vocab}', kind) for kind in ('naive', 'chunked'))
+        rows += [dict(vocabulary=vocab, loss='naive', peak_mib=naive, ratio=1.), dict(vocabulary=vocab, loss='chunked', peak_mib=chunked, ratio=chunked / naive)]
+    return rows
 
 
-def peak_loss_of(kind): return peak_of('loss', kind)
+def peak_of_words(what, kind):
+    if what.startswith('loss'): return peak_loss(kind, vocab=int(what.split('-')[1]))
+    if what == 'loop': globals()['VOCAB'] = 32_000; data = small_data(); LOOPS[kind](data, 1); return peak_above(lambda: LOOPS[kind](data, 4), 1)
+    return peak_step(what, kind)
 
 
 def main():
@@ -155,10 +237,10 @@ def main():
     a = p.parse_args()
     torch.set_num_threads(a.threads)
     if not a.peak and not MALLOC.keys() <= os.environ.keys(): os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | MALLOC)
-    if a.peak: return print(peak_loss(a.peak[1]) if a.peak[0] == 'loss' else peak_step(*a.peak))
+    if a.peak: return print(peak_of_words(*a.peak))
     from pose_nb.common import environment
     k = 3 if a.quick else 1
-    results = dict(steps=bench_steps(9 // k), overhead=bench_overhead(150 // k**3), draw=bench_draw(40 // k), loss=bench_loss(), environment=environment())
+    results = dict(steps=bench_steps(9 // k), overhead=bench_overhead(150 // k**3), loops=bench_loops(10 // k), draw=bench_draw(40 // k), loss=bench_loss(), environment=environment())
     text = json.dumps(results, indent=2)
     if a.out: Path(a.out).write_text(text + '\n')
     print(text)
