@@ -393,7 +393,7 @@ def train(
             _record(acc, log, bar, row)
             due, stop = settings.save_steps and done % settings.save_steps == 0, any_process(acc, flag.stop or bool(monitor and monitor.stop))
             if out and (due or stop) and done < settings.max_steps: save_checkpoint(acc, out, done, settings)
-    acc.end_training()
+    for t in acc.trackers: t.finish()            # acc.end_training() would also end the processes' connection
     model.eval()
     return TrainResult(done, done < settings.max_steps, sum(r['tokens'] for r in log.rows), time.perf_counter() - t0, peak_memory(), log.rows, getattr(dataset, 'report', None), plain_model(acc, loss_model), flag.signal)
 
