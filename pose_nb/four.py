@@ -178,4 +178,4 @@ def four_chunk_probability(
     cuts = {1, -(-W // 4), -(-W // 3), -(-W // 2), W - 2, 2 * W, T // 2, (T + W) // 2, M - W, M + 1, T}
     missing = np.append(1, piecewise(lambda r: four_chunk_missing(r, W, T, m), sorted(c for c in cuts if 1 <= c <= T), 2e-7))
     hard = [int(W * x) for x in (.52, .6, .7, .8, .9, .97, 1.5)] + [T // 2 + W // 4] + [M + int(W * x) for x in (.1, .3, .5, .7, .9)]
-    return np.clip(1 - missing, 0, 1), max(abs(missing[r] - four_chunk_missing(r, W, T, m - 2)) for r in hard if r < T)
+    return np.clip(1 - missing, 0, 1), max(2 / W**2, *(abs(missing[r] - four_chunk_missing(r, W, T, m - 2)) for r in hard if r < T))
