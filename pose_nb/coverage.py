@@ -14,6 +14,7 @@ from scipy.special import betainc
 
 from .common import check
 from .exact import exact_coverage, exact_positions
+from .four import four_chunk_probability
 from .plots import color, mark_window, token_axis
 from .positions import PoSE, Sampler, Window, example_rng
 from .samplers import E2LLM
@@ -86,17 +87,24 @@ class Coverage:
     target:int              # Length to reach in tokens
     probability:np.ndarray  # P(distance r occurs in one example), float64, shape (target,)
     pairs:np.ndarray        # Expected token pairs at distance r in one example, float64, shape (target,)
-    exact:bool              # Is `probability` exact? If not it is a share of `examples` draws
+    exact:bool              # Is `probability` exact? If not it is computed to about `within`, or a share of `examples` draws
     exact_pairs:bool        # Is `pairs` exact?
     examples:int            # Draws counted; 0 if none were needed
     seed:int                # Their seed
     block:int=0             # Examples b * block to b * block + block - 1 have every distance between them, for every b; 0: examples are independent
     first:int=1             # The first entry that counts: 1 for distances, 0 for positions
+    within:float=0.         # How far `probability` may be off where it is computed, but not exactly; 0 where it is exact or counted
 
     @property
     def error(self):
-        "Standard error of each probability, float64, shape (target,); 0 where exact."
-        return np.zeros(self.target) if self.exact else np.sqrt(self.probability * (1 - self.probability) / self.examples)
+        "Standard error of each probability where counted, float64, shape (target,); `within` where computed, 0 where exact."
+        return np.full(self.target, self.within) if self.exact or self.within else np.sqrt(self.probability * (1 - self.probability) / self.examples)
+
+    @property
+    def how(self):
+        "Where `probability` comes from, in words."
+        if self.exact: return 'exact'
+        return f'computed, to about {self.within:.0e}' if self.within else f'estimated from {self.examples:,} draws, seed {self.seed}'
 
 # %% ../nbs/03_coverage.ipynb #8d55ef57
 def tally_pairs(
@@ -131,16 +139,19 @@ def coverage(
     sampler:Sampler,      # Any position sampler
     examples:int=1000,    # Draws to count where nothing exact is known, at least 1
     seed:int=0,           # Seed of those draws
-    exact:bool=True,      # False counts draws even where an exact form is known
+    exact:bool=True,      # False counts draws even where more is known
     label:str=None,       # Name for tables and plots; None: the sampler's name, with its chunks
 )->Coverage: # Probability and pairs per distance
-    "How often each distance occurs in one example: exact where known, otherwise counted (Monte Carlo). Raises `PoseError` for less than one example."
+    "How often each distance occurs in one example: exact where known, computed for four chunks, otherwise counted (Monte Carlo). Raises `PoseError` for less than one example."
     check(examples >= 1, f"{examples} examples cannot be counted; ask for at least 1.")
-    p, pairs = exact_coverage(sampler) if exact else (None, None)
+    (p, pairs), within = exact_coverage(sampler) if exact else (None, None), 0.
+    if exact and p is None and _computable(sampler): p, within = four_chunk_probability(sampler.window, sampler.target)
     known = p is not None, pairs is not None
     if not all(known): counted = _counted(sampler, examples, seed)
-    return Coverage(label or _label(sampler), sampler.window, sampler.target, p if known[0] else counted[0], pairs if known[1] else counted[1], *known,
-                    0 if all(known) else examples, seed, getattr(sampler, 'block', 0))
+    return Coverage(label or _label(sampler), sampler.window, sampler.target, p if known[0] else counted[0], pairs if known[1] else counted[1], known[0] and not within, known[1],
+                    0 if all(known) else examples, seed, getattr(sampler, 'block', 0), within=within)
+
+def _computable(s): return isinstance(s, PoSE) and s.chunks == 4 and s.window >= 512 and s.target >= 8 * s.window
 
 def _label(sampler): return sampler.name + (f', {sampler.chunks} chunks' if isinstance(sampler, PoSE) else f', original {sampler.original:,}' if isinstance(sampler, E2LLM) else '')
 
@@ -150,7 +161,8 @@ def expected_pairs(
     seed:int=0,          # Seed of those draws
 )->np.ndarray: # float64, shape (target,); entry 0 is 0
     "Expected token pairs at distance r in one example; `coverage(sampler).exact_pairs` says whether this is exact. Raises `PoseError` for less than one example."
-    return coverage(sampler, examples, seed).pairs
+    known = exact_coverage(sampler)[1] if examples >= 1 else None
+    return coverage(sampler, examples, seed).pairs if known is None else known
 
 # %% ../nbs/03_coverage.ipynb #845fafe2
 def _thin(c, y, points=400):

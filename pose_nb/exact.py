@@ -16,6 +16,7 @@ from scipy.special import ndtr
 
 from .common import check, choose
 from .even import CUTS, EvenPoSE, stretches
+from .four import four_chunk_probability
 from .positions import Contiguous, FullLength, PoSE, RandPos
 from .samplers import CREAM, E2LLM, GAUSSIAN, EarlyPoSE, clipped_normal
 
@@ -307,6 +308,11 @@ def _two(s): return isinstance(s, (EarlyPoSE, EvenPoSE)) or isinstance(s, PoSE) 
 
 def _dense(s): return s.window == s.target or isinstance(s, (Contiguous, FullLength)) or isinstance(s, PoSE) and s.chunks == 1
 
+def _pose_probability(window, target, chunks):
+    "Three chunks, or four where every term can be summed in seconds."
+    if chunks == 3 and window * target <= 2**30: return three_chunk_probability(window, target)
+    if chunks == 4 and window**3 * (target - window) * target <= 2**27: return four_chunk_probability(window, target, None)[0]
+
 def exact_coverage(
     sampler,  # Any position sampler
 )->tuple: # (probability, pairs), float64, each (target,), entries 0 are 0; None where there is no formula
@@ -317,7 +323,7 @@ def exact_coverage(
     if isinstance(sampler, E2LLM): return e2llm_coverage(sampler)
     if isinstance(sampler, RandPos): return randpos_probability(W, T), (T - r) * (r > 0) * (W * (W - 1) / (T * (T - 1)))
     if _two(sampler): return two_chunks(W, T, *two_chunk_laws(sampler))
-    if isinstance(sampler, PoSE) and sampler.chunks <= 16: return three_chunk_probability(W, T) if sampler.chunks == 3 and W * T <= 2**30 else None, pose_pairs(W, T, sampler.chunks)
+    if isinstance(sampler, PoSE) and sampler.chunks <= 16: return _pose_probability(W, T, sampler.chunks), pose_pairs(W, T, sampler.chunks)
     return None, None
 
 # %% ../nbs/03b_exact.ipynb #cbe13bbb

@@ -152,12 +152,12 @@ def _coverage(sampler, seed):
 def coverage_after(
     c,            # From `coverage`
     windows:int,  # Windows trained on, at least 1
-)->dict: # worst_distance and its probability, never_seen, last_tenth (from, share seen), exact
+)->dict: # worst_distance and its probability, never_seen, last_tenth (from, share seen), exact, how (in words), draws
     "What a run of so many windows has seen."
     p, tenth = seen_after(c, windows), min(math.ceil(.9 * c.target), c.target - 1)
     worst = int(p[1:].argmin()) + 1
     return dict(windows=windows, distances=c.target - 1, worst_distance=worst, worst_seen=float(p[worst]), never_seen=never_seen(c, windows),
-                last_tenth_from=tenth, last_tenth_seen=float(p[tenth:].mean()), exact=c.exact, draws=c.examples)
+                last_tenth_from=tenth, last_tenth_seen=float(p[tenth:].mean()), exact=c.exact, how=c.how, draws=c.examples)
 
 # %% ../nbs/10d_plan.ipynb #3d6e6612
 def _why_scaling(config, original, sampler):
@@ -275,7 +275,7 @@ def _coverage_lines(r):
     "What the text says about coverage."
     c = r['coverage']
     if not c: return [f"coverage: the positions of '{r['recommended']['sampler']}' depend on the text, so it is not computed"]
-    how = 'exact' if c['exact'] else f"estimated from {c['draws']:,} draws; rarer distances look like impossible ones"
+    how = c['how'] + '; rarer distances look like impossible ones' * (c['draws'] > 0)
     return [f"coverage after {r['recommended']['max_steps']:,} steps, {c['windows']:,} windows ({how})",
             f"  worst distance {c['worst_distance']:,}: seen with probability {c['worst_seen']:.4f}",
             f"  of {c['distances']:,} distances, {c['never_seen']:,.2f} are expected never to be seen",

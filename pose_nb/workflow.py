@@ -556,15 +556,14 @@ def coverage_report(
     c = coverage(get_sampler(sampler, window, target, **options), seed=seed)
     p, probe = c.probability, sorted({1, window // 2, window - 1, window, target // 2, target - 2, target - 1})
     rows = [dict(distance=r, probability=float(p[r]), pairs=float(c.pairs[r])) for r in probe if 0 < r < target]
-    summary = dict(sampler=c.label, window=window, target=target, exact=c.exact, never_met=int((p[1:] == 0).sum()), expected_unseen=float(never_seen(c, examples)), examples=examples, needed=examples_needed(c, times=times) if (p[1:] > 0).all() else None, times=times, rows=rows)
+    summary = dict(sampler=c.label, window=window, target=target, exact=c.exact, how=c.how, never_met=int((p[1:] == 0).sum()), expected_unseen=float(never_seen(c, examples)), examples=examples, needed=examples_needed(c, times=times) if (p[1:] > 0).all() else None, times=times, rows=rows)
     if plot: use_style(); save_figure(plot_coverage([c]), plot)
     return summary | dict(text=_coverage_text(c, summary))
 
 def _coverage_text(c, s):
     "What `pose_nb coverage` prints."
-    how, never = ('exact', 'can never occur') if c.exact else (f'estimated from {c.examples:,} draws, seed {c.seed}', f'did not occur in {c.examples:,} draws')
-    far = '' if c.exact else ', as far as the draws tell'
-    lines = [f"{c.label}, {c.window:,} -> {c.target:,} tokens ({how})", table(s['rows'], 6).to_string(index=False),
+    never, far = (f'did not occur in {c.examples:,} draws', ', as far as the draws tell') if c.examples else ('can never occur', '')
+    lines = [f"{c.label}, {c.window:,} -> {c.target:,} tokens ({c.how})", table(s['rows'], 6).to_string(index=False),
              f"of {c.target - 1:,} distances, {s['never_met']:,} {never}; after {s['examples']:,} windows {s['expected_unseen']:,.1f} are expected to be unmet" + far]
     if s['needed']:
         number = f"{s['needed']:,}" if s['needed'] < 10**12 else f"{s['needed']:.1e}"
