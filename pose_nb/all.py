@@ -16,6 +16,7 @@ from .positions import *
 from .even import *
 from .samplers import *
 from .exact import *
+from .four import *
 from .coverage import *
 from .data import *
 from .sources import *
