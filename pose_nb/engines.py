@@ -39,7 +39,12 @@ def join()->PartialState: # This process's number and how many there are
 def engine()->str: # "whole", "fsdp" or "deepspeed"
     "How this run keeps its weights, and so which checkpoints it can read."
     if _asked('DEEPSPEED'): return 'deepspeed'
-    return 'fsdp' if _asked('FSDP') and join().num_processes > 1 else 'whole'
+    return 'fsdp' if _asked('FSDP') and join().distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU) else 'whole'
+
+class _Handle(Accelerator):
+    "An `Accelerator` that leaves the processes joined when training ends: the model is still to be gathered and saved."
+    def end_training(self):
+        for t in self.trackers: t.finish()
 
 def make_accelerator(
     settings,       # `TrainSettings`: precision, batch, gradient norm and tracker
@@ -48,7 +53,8 @@ def make_accelerator(
     "The handle of a run, for the engine it was launched with."
     alone = join().num_processes == 1 and engine() == 'whole'
     AcceleratorState._reset_state(reset_partial_state=alone)      # of a run before, which may have had another precision
-    acc = Accelerator(mixed_precision='bf16' if settings.bf16 else 'no', cpu=not (engine() == 'deepspeed' or torch.cuda.is_available()), **_tracking(settings, log_dir))
+    if join().distributed_type == DistributedType.FSDP: PartialState._shared_state['distributed_type'] = DistributedType.MULTI_GPU     # likewise: FSDP starts from it
+    acc = _Handle(mixed_precision='bf16' if settings.bf16 else 'no', cpu=not (engine() == 'deepspeed' or torch.cuda.is_available()), **_tracking(settings, log_dir))
     if engine() == 'deepspeed':       # it clips by itself, and wants to know the batch beforehand
         acc.state.deepspeed_plugin.deepspeed_config |= dict(train_micro_batch_size_per_gpu=settings.per_device_train_batch_size, gradient_clipping=settings.max_grad_norm)
     return acc
