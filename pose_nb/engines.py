@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['join', 'engine', 'make_accelerator', 'check_tracker', 'start_trackers', 'any_process', 'on_main', 'plain_model']
 
-# %% ../nbs/06a_engines.ipynb #4fc962ca
+# %% ../nbs/06a_engines.ipynb #0f10e4e7
 import os
 from dataclasses import asdict
 
@@ -18,10 +18,10 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from .common import PoseError, check
 
-# %% ../nbs/06a_engines.ipynb #670c243c
+# %% ../nbs/06a_engines.ipynb #c918a8e0
 def _asked(engine): return os.environ.get(f'ACCELERATE_USE_{engine}', 'false').lower() == 'true'
 
-def join()->PartialState: # This process's number and how many there are
+def join()->PartialState: # `process_index`, in [0, num_processes), and `num_processes`, at least 1
     "Join the other processes of this run, if there are any. Raises `PoseError` if DeepSpeed is asked for and not installed."
     if PartialState._shared_state: return PartialState()
     cpu = not torch.cuda.is_available()
@@ -31,18 +31,18 @@ def join()->PartialState: # This process's number and how many there are
         from importlib.util import find_spec
         check(find_spec('deepspeed'), "this run was launched with DeepSpeed, which is not installed; install it with: pip install 'pose_nb[deepspeed]'.")
         state = PartialState(cpu=False, **(dict(backend='gloo') if cpu else {}))
-    if cpu and _asked('FSDP') and state.num_processes > 1:      # accelerate offers FSDP on GPUs only; torch can do it on a CPU, which tests need
-        PartialState._shared_state['distributed_type'] = DistributedType.MULTI_GPU
+    if cpu and _asked('FSDP') and state.num_processes > 1: PartialState._shared_state['distributed_type'] = DistributedType.MULTI_GPU
     return state
 
-# %% ../nbs/06a_engines.ipynb #b7151e0e
+# %% ../nbs/06a_engines.ipynb #6f889acb
 def engine()->str: # "whole", "fsdp" or "deepspeed"
     "How this run keeps its weights, and so which checkpoints it can read."
     if _asked('DEEPSPEED'): return 'deepspeed'
     return 'fsdp' if _asked('FSDP') and join().distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU) else 'whole'
 
+# %% ../nbs/06a_engines.ipynb #4d757da3
 class _Handle(Accelerator):
-    "An `Accelerator` that leaves the processes joined when training ends: the model is still to be gathered and saved."
+    "An `Accelerator` that leaves the processes joined when training ends."
     def end_training(self):
         for t in self.trackers: t.finish()
 
@@ -50,7 +50,7 @@ def make_accelerator(
     settings,       # `TrainSettings`: precision, batch, gradient norm and tracker
     log_dir='.',    # Where a tracker that writes files puts them
 )->Accelerator:
-    "The handle of a run, for the engine it was launched with."
+    "The handle of a run, for the engine it was launched with. Raises `PoseError` as `join` does."
     alone = join().num_processes == 1 and engine() == 'whole'
     AcceleratorState._reset_state(reset_partial_state=alone)      # of a run before, which may have had another precision
     if join().distributed_type == DistributedType.FSDP: PartialState._shared_state['distributed_type'] = DistributedType.MULTI_GPU     # likewise: FSDP starts from it
@@ -59,7 +59,7 @@ def make_accelerator(
         acc.state.deepspeed_plugin.deepspeed_config |= dict(train_micro_batch_size_per_gpu=settings.per_device_train_batch_size, gradient_clipping=settings.max_grad_norm)
     return acc
 
-# %% ../nbs/06a_engines.ipynb #fca2c809
+# %% ../nbs/06a_engines.ipynb #98489b9a
 def check_tracker(
     name:str, # "none" or one of accelerate's trackers
 )->None:
@@ -77,7 +77,7 @@ def start_trackers(
     "Open a run in the tracker that the settings name, if any."
     if settings.report_to != 'none': acc.init_trackers('pose_nb', {k: v for k, v in asdict(settings).items() if isinstance(v, (int, float, str, bool))})
 
-# %% ../nbs/06a_engines.ipynb #b7d4c6ed
+# %% ../nbs/06a_engines.ipynb #0025eb98
 def any_process(
     acc:Accelerator, # The handle
     flag:bool,       # What this process says
@@ -101,7 +101,7 @@ def on_main(
     error.told = not state.is_main_process          # the first process says it for all
     raise error
 
-# %% ../nbs/06a_engines.ipynb #5e06cf43
+# %% ../nbs/06a_engines.ipynb #f121968a
 def plain_model(
     acc:Accelerator, # The handle
     loss_model,      # The prepared `LossModel`
