@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['join', 'engine', 'make_accelerator', 'check_tracker', 'start_trackers', 'any_process', 'on_main', 'plain_model']
 
-# %% ../nbs/06a_engines.ipynb #0f10e4e7
+# %% ../nbs/06a_engines.ipynb #a2d68b35
 import os
 from dataclasses import asdict
 
@@ -18,7 +18,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from .common import PoseError, check
 
-# %% ../nbs/06a_engines.ipynb #c918a8e0
+# %% ../nbs/06a_engines.ipynb #437750bb
 def _asked(engine): return os.environ.get(f'ACCELERATE_USE_{engine}', 'false').lower() == 'true'
 
 def join()->PartialState: # `process_index`, in [0, num_processes), and `num_processes`, at least 1
@@ -34,13 +34,13 @@ def join()->PartialState: # `process_index`, in [0, num_processes), and `num_pro
     if cpu and _asked('FSDP') and state.num_processes > 1: PartialState._shared_state['distributed_type'] = DistributedType.MULTI_GPU
     return state
 
-# %% ../nbs/06a_engines.ipynb #6f889acb
+# %% ../nbs/06a_engines.ipynb #afe0dc5c
 def engine()->str: # "whole", "fsdp" or "deepspeed"
     "How this run keeps its weights, and so which checkpoints it can read."
     if _asked('DEEPSPEED'): return 'deepspeed'
     return 'fsdp' if _asked('FSDP') and join().distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU) else 'whole'
 
-# %% ../nbs/06a_engines.ipynb #4d757da3
+# %% ../nbs/06a_engines.ipynb #00cb1717
 class _Handle(Accelerator):
     "An `Accelerator` that leaves the processes joined when training ends."
     def end_training(self):
@@ -59,7 +59,7 @@ def make_accelerator(
         acc.state.deepspeed_plugin.deepspeed_config |= dict(train_micro_batch_size_per_gpu=settings.per_device_train_batch_size, gradient_clipping=settings.max_grad_norm)
     return acc
 
-# %% ../nbs/06a_engines.ipynb #98489b9a
+# %% ../nbs/06a_engines.ipynb #fe2c5c16
 def check_tracker(
     name:str, # "none" or one of accelerate's trackers
 )->None:
@@ -77,7 +77,7 @@ def start_trackers(
     "Open a run in the tracker that the settings name, if any."
     if settings.report_to != 'none': acc.init_trackers('pose_nb', {k: v for k, v in asdict(settings).items() if isinstance(v, (int, float, str, bool))})
 
-# %% ../nbs/06a_engines.ipynb #0025eb98
+# %% ../nbs/06a_engines.ipynb #42c840c7
 def any_process(
     acc:Accelerator, # The handle
     flag:bool,       # What this process says
@@ -101,7 +101,7 @@ def on_main(
     error.told = not state.is_main_process          # the first process says it for all
     raise error
 
-# %% ../nbs/06a_engines.ipynb #f121968a
+# %% ../nbs/06a_engines.ipynb #75b7d997
 def plain_model(
     acc:Accelerator, # The handle
     loss_model,      # The prepared `LossModel`
