@@ -41,11 +41,6 @@ def engine()->str: # "whole", "fsdp" or "deepspeed"
     return 'fsdp' if _asked('FSDP') and join().distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU) else 'whole'
 
 # %% ../nbs/06a_engines.ipynb #00cb1717
-class _Handle(Accelerator):
-    "An `Accelerator` that leaves the processes joined when training ends."
-    def end_training(self):
-        for t in self.trackers: t.finish()
-
 def make_accelerator(
     settings,       # `TrainSettings`: precision, batch, gradient norm and tracker
     log_dir='.',    # Where a tracker that writes files puts them
@@ -54,7 +49,7 @@ def make_accelerator(
     alone = join().num_processes == 1 and engine() == 'whole'
     AcceleratorState._reset_state(reset_partial_state=alone)      # of a run before, which may have had another precision
     if join().distributed_type == DistributedType.FSDP: PartialState._shared_state['distributed_type'] = DistributedType.MULTI_GPU     # likewise: FSDP starts from it
-    acc = _Handle(mixed_precision='bf16' if settings.bf16 else 'no', cpu=not (engine() == 'deepspeed' or torch.cuda.is_available()), **_tracking(settings, log_dir))
+    acc = Accelerator(mixed_precision='bf16' if settings.bf16 else 'no', cpu=not (engine() == 'deepspeed' or torch.cuda.is_available()), **_tracking(settings, log_dir))
     if engine() == 'deepspeed':       # it clips by itself, and wants to know the batch beforehand
         acc.state.deepspeed_plugin.deepspeed_config |= dict(train_micro_batch_size_per_gpu=settings.per_device_train_batch_size, gradient_clipping=settings.max_grad_norm)
     return acc
