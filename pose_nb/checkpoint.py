@@ -6,7 +6,7 @@
 __all__ = ['FREE', 'global_batch', 'save_checkpoint', 'checkpoints', 'clear_unfinished', 'verify_checkpoint', 'find_checkpoint',
            'check_resume', 'load_checkpoint']
 
-# %% ../nbs/06b_checkpoint.ipynb #36d90d99
+# %% ../nbs/06b_checkpoint.ipynb #42b3d1a5
 import hashlib, json, os, shutil, sys
 from dataclasses import asdict
 from pathlib import Path
@@ -16,14 +16,13 @@ from accelerate import Accelerator
 from .common import PoseError, check, environment, read_json, write_json
 from .engines import engine, join, on_main
 
-# %% ../nbs/06b_checkpoint.ipynb #1c259363
+# %% ../nbs/06b_checkpoint.ipynb #d377568f
 def _sha256(path):
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
 def _fingerprint(manifest): return hashlib.sha256(json.dumps({k: v for k, v in manifest.items() if k != 'sha256'}, sort_keys=True).encode()).hexdigest()
 
-def _full_disk(e): return getattr(e, 'errno', None) in (27, 28, 122) or 'No space left' in str(e) or 'File too large' in str(e) or 'write' in str(e).lower()
-
+# %% ../nbs/06b_checkpoint.ipynb #53a8918f
 def _remove(checkpoint):
     "Delete a checkpoint: first its name, then its files, so that a program killed meanwhile leaves no half checkpoint."
     gone = checkpoint.with_name(f'.{checkpoint.name}.old')
@@ -38,19 +37,21 @@ def _seal(tmp, final, manifest):
     _remove(final)
     os.replace(tmp, final)
 
-# %% ../nbs/06b_checkpoint.ipynb #00848d04
+# %% ../nbs/06b_checkpoint.ipynb #df2c6eaa
 def global_batch(
     settings,     # `TrainSettings`
-    world:int,    # Number of processes
+    world:int,    # Number of processes, >= 1
 )->int: # Windows
     "Windows per optimizer step, over all processes and micro-batches."
     return settings.per_device_train_batch_size * settings.gradient_accumulation_steps * world
 
+def _full_disk(e): return getattr(e, 'errno', None) in (27, 28, 122) or 'No space left' in str(e) or 'File too large' in str(e) or 'write' in str(e).lower()
+
 def save_checkpoint(
     acc:Accelerator,        # Holds model, optimizer and schedule
     output_dir:Path,        # The run's folder
-    step:int,               # Finished optimizer steps
-    settings,               # `TrainSettings`, kept in the manifest
+    step:int,               # Finished optimizer steps, >= 0
+    settings,               # `TrainSettings`, kept in the manifest; its `save_total_limit` newest checkpoints stay
 )->Path: # The checkpoint folder
     "Write `checkpoint-<step>` whole or not at all, then delete older ones. Raises `PoseError` if there is no space."
     final, tmp = output_dir/f'checkpoint-{step}', output_dir/f'.checkpoint-{step}.tmp'
@@ -68,6 +69,7 @@ def save_checkpoint(
     acc.wait_for_everyone()
     return final
 
+# %% ../nbs/06b_checkpoint.ipynb #c56e77a7
 def checkpoints(
     output_dir,  # A run's folder
 )->list: # Paths of its checkpoints, oldest first
@@ -81,7 +83,7 @@ def clear_unfinished(
     output_dir.mkdir(parents=True, exist_ok=True)
     for left in output_dir.glob('.checkpoint-*'): shutil.rmtree(left)
 
-# %% ../nbs/06b_checkpoint.ipynb #a0e24697
+# %% ../nbs/06b_checkpoint.ipynb #37562208
 def verify_checkpoint(
     path,  # A checkpoint folder
 )->dict: # Its manifest
@@ -96,25 +98,28 @@ def verify_checkpoint(
         check(ok, f"the checkpoint {path} is damaged ({name} is missing, cut off or changed); resume from another checkpoint or start again in a new output directory.")
     return manifest
 
-def find_checkpoint(
-    output_dir,  # A run's folder
-)->Path: # Its newest whole checkpoint
-    "The checkpoint to continue from; a damaged one is passed over with a message. Raises `PoseError` if there is none."
-    found = checkpoints(output_dir)
-    check(found, f"{output_dir} holds no checkpoint to resume from; start without --resume-from-checkpoint.")
-    damage = {p: _damage(p) for p in found}
-    whole = [p for p in found if not damage[p]]
-    check(whole, f"none of the {len(found)} checkpoints in {output_dir} is whole ({damage[found[-1]]}); start again in a new output directory.")
-    for p in found[found.index(whole[-1]) + 1:]: print(f'pose_nb: warning: {damage[p]}; going on from {whole[-1].name}.', file=sys.stderr, flush=True)
-    return whole[-1]
-
+# %% ../nbs/06b_checkpoint.ipynb #271dcee4
 def _damage(path):
     "What is wrong with a checkpoint, or ''."
     try: verify_checkpoint(path); return ''
     except PoseError as e: return str(e).split(';')[0]
 
-# %% ../nbs/06b_checkpoint.ipynb #f161341a
-FREE = {'torch_compile', 'use_liger_kernel', 'eval_steps', 'eval_windows', 'eval_prompts', 'max_short_loss', 'stop_on_short_loss', 'load_best_model_at_end', 'metric_for_best_model', 'report_to', 'save_steps', 'save_total_limit', 'dataloader_num_workers', 'loss_chunk', 'gradient_checkpointing', 'per_device_train_batch_size', 'gradient_accumulation_steps'}
+def find_checkpoint(
+    output_dir,  # A run's folder
+)->Path: # Its newest whole checkpoint
+    "The checkpoint to continue from; a damaged one is passed over with a message. Raises `PoseError` if there is none."
+    found, damage = checkpoints(output_dir), []
+    check(found, f"{output_dir} holds no checkpoint to resume from; start without --resume-from-checkpoint.")
+    for p in reversed(found):           # the newest first; older ones are not read if it is whole
+        if not (wrong := _damage(p)): break
+        damage.append(wrong)
+    check(len(damage) < len(found), f"none of the {len(found)} checkpoints in {output_dir} is whole ({(damage or [''])[0]}); start again in a new output directory.")
+    for wrong in reversed(damage): print(f'pose_nb: warning: {wrong}; going on from {p.name}.', file=sys.stderr, flush=True)
+    return p
+
+# %% ../nbs/06b_checkpoint.ipynb #9cb4bd89
+FREE = {'torch_compile', 'use_liger_kernel', 'eval_steps', 'eval_windows', 'eval_prompts', 'max_short_loss', 'stop_on_short_loss', 'load_best_model_at_end', 'metric_for_best_model', 'report_to', 'save_steps', 'save_total_limit',
+        'dataloader_num_workers', 'loss_chunk', 'gradient_checkpointing', 'per_device_train_batch_size', 'gradient_accumulation_steps'}
 
 def check_resume(
     path,             # A checkpoint folder
@@ -131,6 +136,7 @@ def check_resume(
     check(kind != 'deepspeed' or world == manifest['processes'], f"DeepSpeed cut the optimizer of {path} into {manifest['processes']} pieces and cannot spread them over {world} processes; resume with {manifest['processes']} processes.")
     return manifest
 
+# %% ../nbs/06b_checkpoint.ipynb #c89a9821
 def load_checkpoint(
     acc:Accelerator,         # Holds the prepared model, optimizer and schedule
     path,                    # A checkpoint folder

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['join', 'engine', 'make_accelerator', 'check_tracker', 'start_trackers', 'any_process', 'on_main', 'plain_model']
 
-# %% ../nbs/06a_engines.ipynb #4fc962ca
+# %% ../nbs/06a_engines.ipynb #a2d68b35
 import os
 from dataclasses import asdict
 
@@ -18,10 +18,10 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from .common import PoseError, check
 
-# %% ../nbs/06a_engines.ipynb #670c243c
+# %% ../nbs/06a_engines.ipynb #437750bb
 def _asked(engine): return os.environ.get(f'ACCELERATE_USE_{engine}', 'false').lower() == 'true'
 
-def join()->PartialState: # This process's number and how many there are
+def join()->PartialState: # `process_index`, in [0, num_processes), and `num_processes`, at least 1
     "Join the other processes of this run, if there are any. Raises `PoseError` if DeepSpeed is asked for and not installed."
     if PartialState._shared_state: return PartialState()
     cpu = not torch.cuda.is_available()
@@ -31,29 +31,30 @@ def join()->PartialState: # This process's number and how many there are
         from importlib.util import find_spec
         check(find_spec('deepspeed'), "this run was launched with DeepSpeed, which is not installed; install it with: pip install 'pose_nb[deepspeed]'.")
         state = PartialState(cpu=False, **(dict(backend='gloo') if cpu else {}))
-    if cpu and _asked('FSDP') and state.num_processes > 1:      # accelerate offers FSDP on GPUs only; torch can do it on a CPU, which tests need
-        PartialState._shared_state['distributed_type'] = DistributedType.MULTI_GPU
+    if cpu and _asked('FSDP') and state.num_processes > 1: PartialState._shared_state['distributed_type'] = DistributedType.MULTI_GPU
     return state
 
-# %% ../nbs/06a_engines.ipynb #b7151e0e
+# %% ../nbs/06a_engines.ipynb #afe0dc5c
 def engine()->str: # "whole", "fsdp" or "deepspeed"
     "How this run keeps its weights, and so which checkpoints it can read."
     if _asked('DEEPSPEED'): return 'deepspeed'
-    return 'fsdp' if _asked('FSDP') and join().num_processes > 1 else 'whole'
+    return 'fsdp' if _asked('FSDP') and join().distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU) else 'whole'
 
+# %% ../nbs/06a_engines.ipynb #00cb1717
 def make_accelerator(
     settings,       # `TrainSettings`: precision, batch, gradient norm and tracker
     log_dir='.',    # Where a tracker that writes files puts them
 )->Accelerator:
-    "The handle of a run, for the engine it was launched with."
+    "The handle of a run, for the engine it was launched with. Raises `PoseError` as `join` does."
     alone = join().num_processes == 1 and engine() == 'whole'
     AcceleratorState._reset_state(reset_partial_state=alone)      # of a run before, which may have had another precision
+    if join().distributed_type == DistributedType.FSDP: PartialState._shared_state['distributed_type'] = DistributedType.MULTI_GPU     # likewise: FSDP starts from it
     acc = Accelerator(mixed_precision='bf16' if settings.bf16 else 'no', cpu=not (engine() == 'deepspeed' or torch.cuda.is_available()), **_tracking(settings, log_dir))
     if engine() == 'deepspeed':       # it clips by itself, and wants to know the batch beforehand
         acc.state.deepspeed_plugin.deepspeed_config |= dict(train_micro_batch_size_per_gpu=settings.per_device_train_batch_size, gradient_clipping=settings.max_grad_norm)
     return acc
 
-# %% ../nbs/06a_engines.ipynb #fca2c809
+# %% ../nbs/06a_engines.ipynb #fe2c5c16
 def check_tracker(
     name:str, # "none" or one of accelerate's trackers
 )->None:
@@ -71,7 +72,7 @@ def start_trackers(
     "Open a run in the tracker that the settings name, if any."
     if settings.report_to != 'none': acc.init_trackers('pose_nb', {k: v for k, v in asdict(settings).items() if isinstance(v, (int, float, str, bool))})
 
-# %% ../nbs/06a_engines.ipynb #b7d4c6ed
+# %% ../nbs/06a_engines.ipynb #42c840c7
 def any_process(
     acc:Accelerator, # The handle
     flag:bool,       # What this process says
@@ -95,7 +96,7 @@ def on_main(
     error.told = not state.is_main_process          # the first process says it for all
     raise error
 
-# %% ../nbs/06a_engines.ipynb #5e06cf43
+# %% ../nbs/06a_engines.ipynb #75b7d997
 def plain_model(
     acc:Accelerator, # The handle
     loss_model,      # The prepared `LossModel`
