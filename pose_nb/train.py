@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from .checkpoint import checkpoints, clear_unfinished, find_checkpoint, load_checkpoint, save_checkpoint, verify_checkpoint
+from .checkpoint import checkpoints, clear_unfinished, find_checkpoint, keep_as_json, load_checkpoint, save_checkpoint, verify_checkpoint
 from .common import PoseError, check, choose, write_atomic
 from .data import collate
 from .engines import any_process, check_tracker, engine, make_accelerator, plain_model, start_trackers
@@ -345,7 +345,7 @@ def _prepare(model, settings, out):
     loss_model = LossModel(model.train(), settings.loss_chunk, liger)
     opt, sched = make_optimizer(loss_model, settings)
     loss_model, opt = acc.prepare(loss_model, opt)
-    acc.register_for_checkpointing(sched)
+    keep_as_json(acc, 'scheduler', sched)
     if engine() == 'whole' and not all(p.requires_grad for p in model.parameters()): trained_only(acc)      # LoRA: the frozen base stays where it is
     start_trackers(acc, settings)
     return acc, loss_model, opt, sched
@@ -371,7 +371,7 @@ def train(
     "Train. Raises `PoseError` if a guard fails, the loss is not finite, memory runs out, or the checkpoint cannot be used."
     out = output_dir and Path(output_dir)
     acc, loss_model, opt, sched = _prepare(model, settings, out)
-    if monitor: acc.register_for_checkpointing(monitor.seen)
+    if monitor: keep_as_json(acc, 'seen', monitor.seen)
     if out and acc.is_main_process: clear_unfinished(out)      # of a run that was killed while saving
     acc.wait_for_everyone()
     _guards(acc, loss_model, collate([dataset[i] for i in step_indices(0, 0, settings, acc.process_index, acc.num_processes)]), settings.bf16)

@@ -48,8 +48,8 @@ class Seen:
     def report(self)->dict: # unseen: share of distances never met, in [0, 1]; worst_unseen: the one farthest from any that was met, 0 for none; worst_gap: how far
         far = distance_transform_edt(~self.met) if not self.met.all() else np.zeros(1)
         return dict(unseen=float(1 - self.met[1:].mean()), worst_unseen=int(far.argmax()), worst_gap=int(far.max()))
-    def state_dict(self): return dict(met=torch.from_numpy(self.met))
-    def load_state_dict(self, state): self.met = state['met'].numpy().copy()
+    def state_dict(self): return dict(target=len(self.met), met=np.packbits(self.met).tobytes().hex())
+    def load_state_dict(self, state): self.met = np.unpackbits(np.frombuffer(bytes.fromhex(state['met']), np.uint8), count=state['target']).astype(bool)
 
 # %% ../nbs/06d_watch.ipynb #7931217a
 @dataclass(frozen=True)

@@ -245,7 +245,7 @@ def damage(how, path):
     elif how == 'flip': b = bytearray(path.read_bytes()); b[len(b) // 2] ^= 1; path.write_bytes(b)
     else: path.unlink()
 
-FILES = ['model.safetensors', 'optimizer.bin', 'custom_checkpoint_0.pkl', 'custom_checkpoint_1.pkl', 'random_states_0.pkl', 'manifest.json']
+FILES = ['model.safetensors', 'optimizer.bin', 'scheduler.json', 'seen.json', 'random_states_0.pkl', 'manifest.json']
 
 @pytest.mark.parametrize('file', FILES)
 @pytest.mark.parametrize('how', ['cut', 'empty', 'flip', 'delete'])
