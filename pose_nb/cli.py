@@ -122,6 +122,7 @@ def _sentence(e):
     "What to say about an error, or '' for a defect of this program, whose traceback is worth more than a sentence."
     if isinstance(e, PoseError): return str(e)
     if isinstance(e, OSError): return f"{e.strerror or e}{f' ({e.filename})' if e.filename else ''}; check the disk and the permissions, then run the command again."
+    if 'DataLoader worker' in str(e): return 'a process that draws windows ended or was killed, perhaps for want of memory; use fewer --dataloader-num-workers, and --resume-from-checkpoint if there is a checkpoint.'
     if isinstance(e, MemoryError) or 'out of memory' in str(e) or "can't allocate memory" in str(e): return 'there is not enough memory; use a smaller window, target or batch, or --gradient-checkpointing.'
     return ''
 

@@ -62,10 +62,11 @@ def content_key(
     "The name of a tokenised corpus: a hash of its content. Raises `PoseError` for a source that cannot be read."
     return _sha([_FORMAT, text_field, tokenizer_key(tokenizer), [c for s in listify(source) for c in _contents(s, split)]])
 
-def _glance(path:Path, n:int=2**16):
-    "Size, beginning and end of a file."
+# %% ../nbs/04b_sources.ipynb #548038b6
+def _beginning(path:Path):
+    "The first bytes of a file."
     try:
-        with open(path, 'rb') as f: return [size := os.fstat(f.fileno()).st_size, _sha([f.read(n).hex(), f.seek(max(size - n, 0)) and f.read(n).hex()])]
+        with open(path, 'rb') as f: return f.read(4096).hex()
     except OSError as e: raise PoseError(f"{path} cannot be read ({e.strerror}); check its permissions, or pass another file.") from None
 
 def stream_key(
@@ -73,9 +74,9 @@ def stream_key(
     tokenizer,               # A transformers tokenizer
     text_field:str='text',   # The field that holds the text in structured files and hub datasets
 )->str: # 64 hexadecimal digits
-    "A hash of what can be known of a stream without reading it: of local files format, size, beginning and end. Raises `PoseError` for a file that cannot be read."
+    "A hash of how the local files of a stream begin, which costs nothing and survives the repair of a file that was cut off. Raises `PoseError` for a file that cannot be read."
     local = {s: Path(str(s)).expanduser() for s in listify(source)}
-    return _sha([text_field, tokenizer_key(tokenizer), [[_format(f), *_glance(f)] for p in local.values() if p.exists() for f in _files(p)]])
+    return _sha([text_field, tokenizer_key(tokenizer), [[_format(f), _beginning(f)] for p in local.values() if p.exists() for f in _files(p)]])
 
 # %% ../nbs/04b_sources.ipynb #144711f1
 def _documents(source, text_field, split, progress):

@@ -8,7 +8,7 @@ __all__ = ['chunked_loss', 'label_weight', 'logits_head', 'LossModel', 'head_gua
            'read_log', 'TrainResult', 'check_ids', 'train', 'plot_loss']
 
 # %% ../nbs/06_train.ipynb #f1bb825f
-import contextlib, json, math, os, resource, shutil, signal, sys, threading, time
+import contextlib, json, math, os, resource, shutil, signal, sys, threading, time, traceback
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -251,23 +251,30 @@ def memory_advice(
 
 def _out_of_memory(e): return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or isinstance(e, RuntimeError) and ("can't allocate memory" in str(e) or 'out of memory' in str(e))
 
-def _worker_died(e): return isinstance(e, RuntimeError) and 'DataLoader worker' in str(e)
+def _worker_died(e, settings): return settings.dataloader_num_workers > 0 and (isinstance(e, (ConnectionError, EOFError)) or isinstance(e, RuntimeError) and 'DataLoader worker' in str(e))
+
+def _within(e, function): return any(frame.f_code is function.__code__ for frame, _ in traceback.walk_tb(e.__traceback__))
 
 @contextlib.contextmanager
 def _keeping(acc, opt, out, done, settings, exam=False):
     "If data or memory end inside, save what there is, and say it in one sentence."
+    torn = False
     try: yield; return
     except PoseError as e: sentence = str(e).strip().splitlines()[-1].removeprefix('pose_nb.common.PoseError: ')      # a data worker sends a whole traceback
     except Exception as e:
-        if not (_out_of_memory(e) or _worker_died(e)): raise
-        if _worker_died(e): sentence = "a process that draws windows ended or was killed, perhaps for want of memory; use fewer --dataloader-num-workers."
+        if not (_out_of_memory(e) or _worker_died(e, settings)): raise
+        torn = _worker_died(e, settings) and _within(e, train_step)          # torch says it at any moment, also amid an update of the weights
+        if _worker_died(e, settings): sentence = "a process that draws windows ended or was killed, perhaps for want of memory; use fewer --dataloader-num-workers."
         elif exam: sentence = f"memory ran out in the exam after step {done}; leave out --eval-steps, or use a smaller --loss-chunk."
         else: sentence = f"memory ran out in step {done + 1}; try {memory_advice(settings)}."
     opt.zero_grad(set_to_none=True)           # outside the handlers, whose tracebacks would keep the tensors alive
     torch.cuda.empty_cache()
-    saved = out and done and acc.num_processes == 1
-    if saved: save_checkpoint(acc, out, done, settings)
-    raise PoseError(sentence + (f" The first {done} steps are saved: go on with --resume-from-checkpoint." if saved else ''))
+    saved = out and done and acc.num_processes == 1 and not torn
+    if saved:
+        sentence += f" The first {done} steps are saved: go on with --resume-from-checkpoint."
+        try: save_checkpoint(acc, out, done, settings)
+        except PoseError: raise PoseError(f"{sentence.split(' The first ')[0]} There was no space for a checkpoint of step {done}{'; the one before it is whole' if checkpoints(out) else ' either, so start again in a new folder'}.") from None
+    raise PoseError(sentence)
 
 # %% ../nbs/06_train.ipynb #712588d2
 def peak_memory()->float: # GiB

@@ -193,10 +193,10 @@ class Monitor:
         acc,          # The accelerate handle
         loss_model,   # The prepared `LossModel`
         micro:list,   # The batches of this step
-        row:dict,     # The log's row, with `step` and `tokens_per_second`
-    )->dict: # What to add to the row
-        out = self._distances(acc, micro) | self._use(acc, micro, row)
-        return out | self._sit(acc, loss_model, row['step'])
+        row:dict,     # The log's row, with `step` and `tokens_per_second`; distances and utilisation are added to it
+    )->dict: # What else to add to the row: the results of an exam, if it was time for one
+        row |= self._distances(acc, micro) | self._use(acc, micro, row)      # kept where the exam fails
+        return self._sit(acc, loss_model, row['step'])
     def missed(self,
         acc,          # The accelerate handle
         loss_model,   # The prepared `LossModel`, as it was after that step
