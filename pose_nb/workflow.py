@@ -282,6 +282,32 @@ def _check_vocabulary(net, dataset, exam):
     asked = [max(e['input_ids'].max().item() for e in exam.near + exam.far), *(max(p.ids + p.answer) for _, p in exam.prompts)] if exam else []
     check_ids(net, torch.tensor([0, *asked, *(int(s.tokens.max()) for s in stores)]))
 
+# %% ../nbs/10b_workflow.ipynb #c8b17fc5
+def _lora_settings(plan):
+    "The LoRA of a plan, or None."
+    p = plan.get('lora')
+    if not p: return None
+    if p['load_in_4bit']: quantization_config()          # refuses where it cannot work
+    targets = p['targets'] if p['targets'] in (None, 'attention') else tuple(t.strip() for t in p['targets'].split(',') if t.strip())
+    return LoraSettings(r=p['r'], targets=targets, train_norms=not p['only'], train_embeddings=not p['only'])
+
+def _check_lora(plan, trust_remote_code):
+    "Refuse LoRA that the model has no place for; its config says so already."
+    if (lora := _lora_settings(plan)) and not trust_remote_code: layers_for_lora(skeleton(load_config(plan['model'])), lora)
+
+def _add_lora(net, plan, settings):
+    "The model to train: with LoRA where the plan has it, else as it is."
+    lora = _lora_settings(plan)
+    if not lora: return net
+    peft = add_lora(net, lora, settings.seed)
+    check_precision(inner_model(peft), settings.bf16)
+    return peft
+
+def _merge(peft, plan, trust_remote_code):
+    "LoRA added to the weights; to fresh ones where the base is in 4 bits."
+    fresh = _scaled(load_model(plan['model'], torch.float32, trust_remote_code=trust_remote_code), plan) if plan['lora']['load_in_4bit'] else None
+    return merge_lora(peft, base=fresh)
+
 # %% ../nbs/10b_workflow.ipynb #6573d506
 @delegates(TrainSettings)
 def extend(
@@ -416,32 +442,6 @@ def save_figure(
     ax.figure.savefig(buffer, format=Path(path).suffix[1:], metadata={'Date': None} if Path(path).suffix == '.svg' else None)
     plt.close(ax.figure)
     return write_atomic(path, buffer.getvalue())
-
-# %% ../nbs/10b_workflow.ipynb #c8b17fc5
-def _lora_settings(plan):
-    "The LoRA of a plan, or None."
-    p = plan.get('lora')
-    if not p: return None
-    if p['load_in_4bit']: quantization_config()          # refuses where it cannot work
-    targets = p['targets'] if p['targets'] in (None, 'attention') else tuple(t.strip() for t in p['targets'].split(',') if t.strip())
-    return LoraSettings(r=p['r'], targets=targets, train_norms=not p['only'], train_embeddings=not p['only'])
-
-def _check_lora(plan, trust_remote_code):
-    "Refuse LoRA that the model has no place for; its config says so already."
-    if (lora := _lora_settings(plan)) and not trust_remote_code: layers_for_lora(skeleton(load_config(plan['model'])), lora)
-
-def _add_lora(net, plan, settings):
-    "The model to train: with LoRA where the plan has it, else as it is."
-    lora = _lora_settings(plan)
-    if not lora: return net
-    peft = add_lora(net, lora, settings.seed)
-    check_precision(inner_model(peft), settings.bf16)
-    return peft
-
-def _merge(peft, plan, trust_remote_code):
-    "LoRA added to the weights; to fresh ones where the base is in 4 bits."
-    fresh = _scaled(load_model(plan['model'], torch.float32, trust_remote_code=trust_remote_code), plan) if plan['lora']['load_in_4bit'] else None
-    return merge_lora(peft, base=fresh)
 
 # %% ../nbs/10b_workflow.ipynb #098078ae
 def _piece(tokenizer, ids, start, n):
