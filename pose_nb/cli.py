@@ -6,7 +6,7 @@
 __all__ = ['VERBS', 'tokens', 'token_list', 'make_parser', 'usage', 'find_verb', 'show', 'resume_command', 'run_verb', 'main']
 
 # %% ../nbs/11_cli.ipynb #99847751
-import argparse, importlib, inspect, json, logging, os, shlex, signal, sys, warnings
+import argparse, importlib, inspect, json, logging, os, shlex, sys, warnings
 from pathlib import Path
 
 from fastcore.docments import docments
@@ -55,7 +55,7 @@ def make_parser(
         flag, anno, help_ = '--' + name.replace('_', '-'), getattr(d.anno, '__name__', str(d.anno)), (d.docment or '').replace('%', '%%')
         if d.default is not inspect.Parameter.empty: _option(p, name, flag, anno, d.default, help_)
         elif first and d.kind is not inspect.Parameter.KEYWORD_ONLY: p.add_argument(name, help=help_); first = False
-        else: p.add_argument(flag, dest=name, required=True, type=_CONVERT.get(anno, str), help=help_, metavar=_metavar(anno), **(dict(nargs='+') if anno == 'str | list' else {}))
+        else: p.add_argument(flag, dest=name, required=True, type=_CONVERT.get(anno, str), help=help_, metavar=_metavar(anno), **(dict(nargs='+', action='extend') if anno == 'str | list' else {}))
     return p
 
 def _metavar(anno): return {'int': 'N', 'float': 'X', 'list': 'N,N', 'dict': 'JSON'}.get(anno, 'TEXT')
@@ -122,6 +122,7 @@ def _sentence(e):
     "What to say about an error, or '' for a defect of this program, whose traceback is worth more than a sentence."
     if isinstance(e, PoseError): return str(e)
     if isinstance(e, OSError): return f"{e.strerror or e}{f' ({e.filename})' if e.filename else ''}; check the disk and the permissions, then run the command again."
+    if 'DataLoader worker' in str(e): return 'a process that draws windows ended or was killed, perhaps for want of memory; use fewer --dataloader-num-workers, and --resume-from-checkpoint if there is a checkpoint.'
     if isinstance(e, MemoryError) or 'out of memory' in str(e) or "can't allocate memory" in str(e): return 'there is not enough memory; use a smaller window, target or batch, or --gradient-checkpointing.'
     return ''
 
@@ -142,8 +143,9 @@ def run_verb(
     first = os.environ.get('RANK', '0') == '0'           # of several processes, one speaks
     if first: show(result, as_json)
     if isinstance(result, dict) and result.get('status') == 'stopped':
-        if first: print(f"stopped after step {result['result']['steps']}; continue with:\n  {resume_command(argv)}", file=sys.stderr)
-        return 128 + (result.get('signal') or signal.SIGINT)
+        number = result.get('signal')                    # 0: the gate of --stop-on-short-loss
+        if first: print(f"stopped after step {result['result']['steps']}{'' if number else ', as --stop-on-short-loss asks'}; continue with:\n  {resume_command(argv)}", file=sys.stderr)
+        return 128 + number if number else 3
     return 0
 
 def _quiet(record):

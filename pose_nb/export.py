@@ -297,6 +297,7 @@ def write_card(
     check(r.get('rope'), f"{out} has no finished run to describe (no rope entry in pose_nb.json); finish the run with pose_nb extend first.")
     plan, env = r.get('plan', {}), r['environment']
     plan = plan | {k: ', '.join(map(_shown, listify(plan[k]))) for k in ('model', 'data') if k in plan}
+    if isinstance(plan.get('lora'), dict): plan |= dict(lora=', '.join(f'{k} {v}' for k, v in plan['lora'].items()))
     made = [dict(what=k, value=v) for k, v in (plan | r.get('result', {})).items() if not isinstance(v, (dict, list))]
     made += [dict(what='software', value=', '.join(f'{k} {env[k]}' for k in ('pose_nb', 'torch', 'transformers'))), dict(what='hardware', value=env['hardware'])]
     text = _CARD.format(title=out.resolve().name, sampler=plan.get('sampler', 'unknown'), scaling=plan.get('scaling', 'unknown'), base=json.dumps(plan.get('model', 'unknown'), ensure_ascii=False),

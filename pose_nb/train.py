@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['chunked_loss', 'label_weight', 'logits_head', 'liger_loss', 'can_use_liger', 'LossModel', 'head_guard',
            'TrainSettings', 'make_schedule', 'check_schedule', 'step_indices', 'train_step', 'make_optimizer',
-           'StopFlag', 'memory_advice', 'peak_memory', 'read_log', 'TrainResult', 'train', 'plot_loss']
+           'StopFlag', 'memory_advice', 'peak_memory', 'read_log', 'TrainResult', 'check_ids', 'train', 'plot_loss']
 
 # %% ../nbs/06_train.ipynb #f1bb825f
-import contextlib, importlib.util, json, math, os, resource, shutil, signal, sys, threading, time
-from dataclasses import asdict, dataclass, field
+import contextlib, importlib.util, json, math, os, resource, shutil, signal, sys, threading, time, traceback
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch, torch.nn.functional as F
@@ -166,8 +166,12 @@ class TrainSettings:
         check(not self.use_liger_kernel or importlib.util.find_spec('liger_kernel'), "use_liger_kernel needs the package liger-kernel, which is not installed; install it, or leave the option out.")
         check_schedule(self); check_tracker(self.report_to); self._check_exam()
     def _check_exam(self):
-        choose(self.metric_for_best_model, dict.fromkeys(('long_loss', 'short_loss', 'passkey')), 'metric_for_best_model')
-        for n in ('max_short_loss', 'load_best_model_at_end'): check(self.eval_steps or not getattr(self, n), f"{n} needs exams while training; give --eval-steps.")
+        object.__setattr__(self, 'metric_for_best_model', choose(self.metric_for_best_model, {n: n for n in ('long_loss', 'short_loss', 'passkey')}, 'metric_for_best_model'))
+        given = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
+        idle = [n for n in ('eval_windows', 'eval_prompts', 'max_short_loss', 'load_best_model_at_end') if n in given and not self.eval_steps]
+        check(not idle, f"{' and '.join(idle)} need{'s' * (len(idle) == 1)} exams while training; give --eval-steps.")
+        check(self.max_short_loss is None or math.isfinite(self.max_short_loss), f"max_short_loss is {self.max_short_loss}; it must be a finite number of nats per token.")
+        for n, needs in (('stop_on_short_loss', 'max_short_loss'), ('metric_for_best_model', 'load_best_model_at_end')): check(n not in given or needs in given, f"{n} does nothing without {needs}; give --{needs.replace('_', '-')} too.")
         check(self.eval_prompts or self.metric_for_best_model != 'passkey', "metric_for_best_model is passkey and there are no prompts; give --eval-prompts.")
 
 def _at_least(settings, name, low): check(getattr(settings, name) >= low, f"{name} is {getattr(settings, name)}; it must be at least {low}.")
@@ -197,7 +201,7 @@ def step_indices(
 # %% ../nbs/06_train.ipynb #f917111c
 def _loader(dataset, settings, start, acc):
     "Micro-batches from optimizer step `start` on; its own generator leaves torch's random state alone."
-    batches = [step_indices(t, m, settings, acc.process_index, acc.num_processes) for t in range(start, settings.max_steps) for m in range(settings.gradient_accumulation_steps)]
+    batches = (step_indices(t, m, settings, acc.process_index, acc.num_processes) for t in range(start, settings.max_steps) for m in range(settings.gradient_accumulation_steps))
     return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=settings.dataloader_num_workers,
                       generator=torch.Generator().manual_seed(settings.seed), pin_memory=torch.cuda.is_available())
 
@@ -275,19 +279,30 @@ def memory_advice(
 
 def _out_of_memory(e): return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or isinstance(e, RuntimeError) and ("can't allocate memory" in str(e) or 'out of memory' in str(e))
 
+def _worker_died(e, settings): return settings.dataloader_num_workers > 0 and (isinstance(e, (ConnectionError, EOFError)) or isinstance(e, RuntimeError) and 'DataLoader worker' in str(e))
+
+def _within(e, function): return any(frame.f_code is function.__code__ for frame, _ in traceback.walk_tb(e.__traceback__))
+
 @contextlib.contextmanager
-def _keeping(acc, opt, out, done, settings):
+def _keeping(acc, opt, out, done, settings, exam=False):
     "If data or memory end inside, save what there is, and say it in one sentence."
+    torn = False
     try: yield; return
     except PoseError as e: sentence = str(e).strip().splitlines()[-1].removeprefix('pose_nb.common.PoseError: ')      # a data worker sends a whole traceback
     except Exception as e:
-        if not _out_of_memory(e): raise
-        sentence = f"memory ran out in step {done + 1}; try {memory_advice(settings)}."
+        if not (_out_of_memory(e) or _worker_died(e, settings)): raise
+        torn = _worker_died(e, settings) and _within(e, train_step)          # torch says it at any moment, also amid an update of the weights
+        if _worker_died(e, settings): sentence = "a process that draws windows ended or was killed, perhaps for want of memory; use fewer --dataloader-num-workers."
+        elif exam: sentence = f"memory ran out in the exam after step {done}; leave out --eval-steps, or use a smaller --loss-chunk."
+        else: sentence = f"memory ran out in step {done + 1}; try {memory_advice(settings)}."
     opt.zero_grad(set_to_none=True)           # outside the handlers, whose tracebacks would keep the tensors alive
     torch.cuda.empty_cache()
-    saved = out and done and acc.num_processes == 1
-    if saved: save_checkpoint(acc, out, done, settings)
-    raise PoseError(sentence + (f" The first {done} steps are saved: go on with --resume-from-checkpoint." if saved else ''))
+    saved = out and done and acc.num_processes == 1 and not torn
+    if saved:
+        sentence += f" The first {done} steps are saved: go on with --resume-from-checkpoint."
+        try: save_checkpoint(acc, out, done, settings)
+        except PoseError: raise PoseError(f"{sentence.split(' The first ')[0]} There was no space for a checkpoint of step {done}{'; the one before it is whole' if checkpoints(out) else ' either, so start again in a new folder'}.") from None
+    raise PoseError(sentence)
 
 # %% ../nbs/06_train.ipynb #712588d2
 def peak_memory()->float: # GiB
@@ -310,7 +325,9 @@ class _Log:
     def __init__(self, output_dir, start, main):
         self.path, self.main = output_dir and Path(output_dir)/'train_log.jsonl', main
         self.rows = [r for r in read_log(output_dir) if r['step'] <= start] if output_dir and start else []
-        if self.path and main: write_atomic(self.path, ''.join(json.dumps(r) + '\n' for r in self.rows))
+        self.write()
+    def write(self):
+        if self.path and self.main: write_atomic(self.path, ''.join(json.dumps(r) + '\n' for r in self.rows))
     def add(self, row):
         self.rows.append(row)
         if self.path and self.main:
@@ -328,7 +345,7 @@ class TrainResult:
     history:list = field(repr=False)      # One dict per step
     data:dict = field(default=None)       # The dataset's report of used and short documents
     model:object = field(default=None, repr=False)   # The trained model in one piece; None on processes other than the first where an engine spreads it
-    signal:int = 0                        # What stopped it: SIGINT or SIGTERM, 0 for neither
+    signal:int = 0                        # What stopped it: SIGINT or SIGTERM; 0 for the gate of `stop_on_short_loss`, or nothing
 
 def _recompute(model):
     "Recompute activations in the backward pass; transformers renamed the switch in 5.23."
@@ -350,10 +367,19 @@ def _prepare(model, settings, out):
     start_trackers(acc, settings)
     return acc, loss_model, opt, sched
 
+def check_ids(
+    model,                   # The model that will read them
+    input_ids:torch.Tensor,  # int64, any shape
+)->None:
+    "Raise `PoseError` for a token id that the model's embedding does not have, which a GPU would answer by crashing."
+    top, size = int(input_ids.max()), model.get_input_embeddings().num_embeddings
+    check(top < size, f"the tokenizer gives token id {top}, but the model's vocabulary has {size} entries; use the tokenizer of this model.")
+
 def _guards(acc, loss_model, batch, bf16):
     "Both guards, on the first batch, in the precision and mode of training."
-    batch = send_to_device(batch, acc.device)
-    inner = acc.unwrap_model(loss_model)      # with its autocast wrapper: keep_fp32_wrapper=False would take it off for good
+    inner = acc.unwrap_model(loss_model)
+    check_ids(inner.model, batch['input_ids'])
+    batch = send_to_device(batch, acc.device) # the inner model comes with its autocast wrapper: keep_fp32_wrapper=False would take it off for good
     with acc.autocast():
         seam_guard(inner, batch, coarse=bf16)
         head_guard(inner, batch)
@@ -377,6 +403,7 @@ def train(
     _guards(acc, loss_model, collate([dataset[i] for i in step_indices(0, 0, settings, acc.process_index, acc.num_processes)]), settings.bf16)
     start = load_checkpoint(acc, find_checkpoint(out) if resume is True else resume, settings) if resume else 0
     log, t0, done = _Log(out, start, acc.is_main_process), time.perf_counter(), start
+    if monitor and log.rows and log.rows[-1]['step'] == start and (missed := monitor.missed(acc, loss_model, log.rows[-1])): log.rows[-1] |= missed; log.write()
     with StopFlag() as flag, tqdm(total=settings.max_steps, initial=start, desc='training', unit=' steps', disable=not (progress and acc.is_main_process)) as bar, contextlib.ExitStack() as after:
         after.callback(feed_positions, model, None)            # fractional positions leave hooks
         batches, stop = iter(_loader(dataset, settings, start, acc)), False
@@ -384,18 +411,20 @@ def train(
             t1 = time.perf_counter()
             with _keeping(acc, opt, out, done, settings):
                 micro = [next(batches) for _ in range(settings.gradient_accumulation_steps)]
+                for b in micro: check_ids(model, b['input_ids'])
                 t2 = time.perf_counter()
                 row = train_step(acc, loss_model, micro, opt, sched, settings, done)
             done += 1
             now = time.perf_counter()
             row = dict(step=done, **row, tokens_per_second=row['tokens'] / (now - t1), seconds=now - t1, data_seconds=t2 - t1, peak_gib=peak_memory())
-            if monitor: row |= monitor(acc, loss_model, micro, row)
-            _record(acc, log, bar, row)
+            try:
+                with _keeping(acc, opt, out, done, settings, exam=True): row |= monitor(acc, loss_model, micro, row) if monitor else {}
+            finally: _record(acc, log, bar, row)
             due, stop = settings.save_steps and done % settings.save_steps == 0, any_process(acc, flag.stop or bool(monitor and monitor.stop))
             if out and (due or stop) and done < settings.max_steps: save_checkpoint(acc, out, done, settings)
     for t in acc.trackers: t.finish()            # acc.end_training() would also end the processes' connection
     model.eval()
-    return TrainResult(done, done < settings.max_steps, sum(r['tokens'] for r in log.rows), time.perf_counter() - t0, peak_memory(), log.rows, getattr(dataset, 'report', None), plain_model(acc, loss_model), flag.signal)
+    return TrainResult(done, done < settings.max_steps, sum(r['tokens'] for r in log.rows), time.perf_counter() - t0, peak_memory(), log.rows, getattr(dataset, 'report', None), plain_model(acc, loss_model), flag.signal or (int(signal.SIGINT) if done < settings.max_steps and not (monitor and monitor.stop) else 0))
 
 def _record(acc, log, bar, row):
     "One line in the log, one move of the bar, one entry for a tracker."

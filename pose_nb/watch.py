@@ -7,7 +7,7 @@ __all__ = ['PEAK', 'BEST', 'Seen', 'Shape', 'shape_of', 'window_flops', 'peak_fl
            'Monitor', 'keep_best', 'load_best', 'plot_watch']
 
 # %% ../nbs/06d_watch.ipynb #890dd6f2
-import contextlib, math, os, shutil, warnings
+import contextlib, hashlib, math, os, shutil, warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,7 +121,11 @@ class Exam:
         for i in range(prompts):
             rng, depth = trial_rng(seed, target, i), i / max(prompts - 1, 1)
             room = target - 8
-            self.prompts.append((depth, passkey_prompt(tokenizer, room, draw_key(rng), depth, bos)))
+            try: self.prompts.append((depth, passkey_prompt(tokenizer, room, draw_key(rng), depth, bos)))
+            except PoseError as e: raise PoseError(f"the exam's passkey prompts, of the target length less {target - room} tokens for the answer, do not fit: {str(e).rstrip('.')}; leave them out with --eval-prompts 0, or use a longer target.") from None
+    @property
+    def key(self): # 64 hexadecimal digits: results of exams with different keys cannot be compared
+        return hashlib.sha256(repr([[e['input_ids'].tolist() for e in self.near + self.far], [p.ids for _, p in self.prompts]]).encode()).hexdigest()
 
 # %% ../nbs/06d_watch.ipynb #c032cfe4
 def _shares(items, acc):
@@ -156,6 +160,8 @@ def keys_found(
         found[k] += counts * (logits[0].argmax(-1).tolist() == p.answer)
     return dict(zip([round(d, 4) for d, _ in prompts], acc.reduce(found, 'sum').tolist()))
 
+def _exp(loss): return math.exp(min(loss, 700.))      # a float holds no more
+
 def sit(
     exam:Exam,    # The questions
     acc,          # The accelerate handle
@@ -167,7 +173,7 @@ def sit(
         feed_positions(inner, None)
         near, far = (mean_loss(acc, loss_model, e) for e in (exam.near, exam.far))
         keys = keys_found(acc, loss_model, exam.prompts) if exam.prompts else {}
-    out = dict(eval_short_loss=near, eval_long_loss=far, eval_long_ppl=math.exp(far))
+    out = dict(eval_short_loss=near, eval_long_loss=far, eval_long_ppl=_exp(far))
     return out | (dict(eval_passkey=sum(keys.values()) / len(keys), eval_passkey_by_depth=keys) if keys else {})
 
 # %% ../nbs/06d_watch.ipynb #5afcc98c
@@ -187,13 +193,22 @@ class Monitor:
         acc,          # The accelerate handle
         loss_model,   # The prepared `LossModel`
         micro:list,   # The batches of this step
-        row:dict,     # The log's row, with `step` and `tokens_per_second`
+        row:dict,     # The log's row, with `step` and `tokens_per_second`; distances and utilisation are added to it
+    )->dict: # What else to add to the row: the results of an exam, if it was time for one
+        row |= self._distances(acc, micro) | self._use(acc, micro, row)      # kept where the exam fails
+        return self._sit(acc, loss_model, row['step'])
+    def missed(self,
+        acc,          # The accelerate handle
+        loss_model,   # The prepared `LossModel`, as it was after that step
+        row:dict,     # The log's last row before a resume
     )->dict: # What to add to the row
-        out = self._distances(acc, micro) | self._use(acc, micro, row)
-        if self.exam and (row['step'] % self.settings.eval_steps == 0 or row['step'] == self.settings.max_steps):
-            out |= sit(self.exam, acc, loss_model)
-            self._gate(acc, row['step'], out)
-            if self.settings.load_best_model_at_end: keep_best(acc, loss_model, self.output_dir, row['step'], out, self.settings.metric_for_best_model)
+        "Sit an exam that ended the run before it was done, for want of memory or space."
+        return {} if 'eval_long_loss' in row else self._sit(acc, loss_model, row['step'])
+    def _sit(self, acc, loss_model, step):
+        if not self.exam or step % self.settings.eval_steps and step != self.settings.max_steps: return {}
+        out = sit(self.exam, acc, loss_model)
+        self._gate(acc, step, out)
+        if self.settings.load_best_model_at_end: keep_best(acc, loss_model, self.output_dir, step, out, self.settings.metric_for_best_model, self.exam.key)
         return out
     def _distances(self, acc, micro):
         pos = torch.cat([b['position_ids'] for b in micro]).to(acc.device)
@@ -222,22 +237,25 @@ def keep_best(
     step:int,         # Finished optimizer steps
     result:dict,      # From `sit`
     metric:str,       # long_loss, short_loss or passkey (ties go to the lower loss)
+    exam:str='',      # `key` of the exam; scores of another exam, or by another metric, are not compared
 )->bool: # Whether this is the best so far
-    "Keep the weights if they are better than those kept so far; of equal ones, the earlier."
-    new = list(BEST[metric](result))
+    "Keep the weights if they are better than those kept so far; of equal ones, the earlier. A score that is not a number is the worst."
+    new = [math.inf if math.isnan(x) else x for x in BEST[metric](result)]
     old = on_main(lambda: read_json(output_dir/'best.json') if (output_dir/'best.json').exists() else None)
-    if old and old['step'] < step and old['score'] <= new: return False
+    if old and old['step'] < step and (old['metric'], old.get('exam', '')) == (metric, exam) and old['score'] <= new: return False
     model = plain_model(acc, loss_model)
-    if acc.is_main_process: _write_best(model, output_dir, dict(step=step, metric=metric, score=new, result=result))
+    if acc.is_main_process: _write_best(model, output_dir, dict(step=step, metric=metric, exam=exam, score=new, result=result))
     loss_model.train(); acc.wait_for_everyone()
     return True
 
 def _write_best(model, out, record):
     "Weights first, under another name; the record, which makes them count, last."
     tmp, final = out/'.best.tmp', out/'best'
-    shutil.rmtree(tmp, ignore_errors=True); tmp.mkdir()
-    try: save_file(trainable_state(model), tmp/'trained.safetensors')
-    except Exception as e: raise PoseError(f"the best weights could not be written to {out} ({(str(e).splitlines() or [type(e).__name__])[0]}); free some space and resume.") from e
+    shutil.rmtree(tmp, ignore_errors=True)
+    try: tmp.mkdir(parents=True); save_file(trainable_state(model), tmp/'trained.safetensors')
+    except Exception as e:
+        shutil.rmtree(tmp, ignore_errors=True)
+        raise PoseError(f"the best weights could not be written to {out} ({(str(e).splitlines() or [type(e).__name__])[0]}); free some space.") from e
     (out/'best.json').unlink(missing_ok=True)
     shutil.rmtree(final, ignore_errors=True)
     os.replace(tmp, final)
@@ -264,8 +282,8 @@ def plot_watch(
     rows = [r for r in history if 'eval_long_loss' in r]
     steps, a, b = [r['step'] for r in rows], *axes
     a.plot(steps, [r['eval_long_ppl'] for r in rows], 'o-', ms=3, label='far: windows of the target length', **kw)
-    a.plot(steps, [math.exp(r['eval_short_loss']) for r in rows], 's-', ms=3, label='near: windows of the original length', **kw)
-    if base_loss is not None: a.axhline(math.exp(base_loss), ls=':', color='k', lw=1, label='near, base model')
+    a.plot(steps, [_exp(r['eval_short_loss']) for r in rows], 's-', ms=3, label='near: windows of the original length', **kw)
+    if base_loss is not None: a.axhline(_exp(base_loss), ls=':', color='k', lw=1, label='near, base model')
     a.set(xlabel='step', ylabel='perplexity'); a.legend()
     if rows and 'eval_passkey' in rows[0]: b.plot(steps, [r['eval_passkey'] for r in rows], 'o-', ms=3, **kw)
     b.set(xlabel='step', ylabel='share of keys found', ylim=(-.03, 1.03))

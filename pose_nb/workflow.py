@@ -9,7 +9,7 @@ __all__ = ['DEMO_TARGET', 'DEMO_LENGTHS', 'DEMO', 'DEMO_MIX', 'plan_extension', 
            'demo_plots']
 
 # %% ../nbs/10b_workflow.ipynb #0fbec6f7
-import contextlib, os, shutil, sys, warnings
+import contextlib, fcntl, os, shutil, sys, time, warnings
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from .common import PoseError, check, choose, environment, read_json, write_atom
 from .coverage import coverage, examples_needed, never_seen, plot_coverage
 from .data import GeneratedDataset, Mixture, read_documents, stdlib_documents, tokenize
 from .doctor import doctor
-from .export import check_reload, claim_folder, patch_checkpoint, read_record, save_extended, write_card, write_record
+from .export import check_reload, claim_folder, patch_checkpoint, read_record, save_extended, skeleton, write_card, write_record
 from .interpolation import SCALINGS, get_scaling
 from .rope_config import from_config, rotary_dim
 from .model import cast_weights, check_attention, check_exact, check_sliding_window, default_base, load_config, load_model, load_tokenizer, rope_info, set_scaling
@@ -31,12 +31,12 @@ from .plots import length_plot, plt, table, use_style
 from .samplers import SAMPLERS, Segments, digit_tokens, get_sampler, sentence_ends
 from .practice import CopyDocuments, PasskeyDocuments
 from .retrieval import passkey
-from .checkpoint import check_resume, find_checkpoint, global_batch
+from .checkpoint import check_resume, checkpoints, find_checkpoint, global_batch
 from .engines import engine, join, make_accelerator, on_main
-from .lora import LoraSettings, add_lora, check_precision, inner_model, merge_lora, quantization_config
+from .lora import LoraSettings, add_lora, check_precision, inner_model, lora_targets as layers_for_lora, merge_lora, quantization_config
 from .positions import Contiguous, runs
-from .sources import content_key, open_sources, parse_sources
-from .train import LossModel, TrainSettings, plot_loss, read_log, train
+from .sources import content_key, open_sources, parse_sources, stream_key
+from .train import LossModel, TrainSettings, check_ids, plot_loss, read_log, train
 from .watch import Exam, Monitor, load_best, mean_loss, plot_watch
 
 # %% ../nbs/10b_workflow.ipynb #48d8b9ad
@@ -174,7 +174,6 @@ def run_data(
 ): # An endless dataset of windows
     "The windows of a run: text, generated documents and ordinary windows in the shares of the plan. Raises `PoseError` for data that cannot be used."
     text, ordinary, share = _open(plan, tokenizer, make_sampler(plan, tokenizer), settings, num_proc, progress), None, plan['mix_original']
-    check(not share or plan['sampler'] != 'e2llm', "e2llm counts positions in fractions, which cannot share a batch with ordinary windows; leave out --mix-original.")
     if share: ordinary = _open(plan, tokenizer, Contiguous(plan['window'], plan['window']), settings)
     return make_dataset(text, tokenizer, settings.seed, plan['passkey_share'], plan['copy_share'], ordinary, share)
 
@@ -189,7 +188,8 @@ def _resume_plan(out, plan):
 def _resume_from(out, plan, checkpoint, settings, data_key):
     "The checkpoint to continue from, after everything that could speak against it was checked."
     _resume_plan(out, plan)
-    check(data_key in (None, read_record(out).get('data_key')), f"the data has other content than when {out} was started; restore it, or choose a new --output-dir.")
+    check(read_record(out).get('data_key') in (None, data_key), f"the data has other content than when {out} was started; restore it, or choose a new --output-dir.")
+    check(checkpoint not in (True, 'latest') or checkpoints(out), f"the run in {out} ended before its first checkpoint, so there is nothing to continue; delete the folder and start without --resume-from-checkpoint, or choose a new --output-dir.")
     where = find_checkpoint(out) if checkpoint in (True, 'latest') else Path(checkpoint)
     check_resume(where, settings)
     return where
@@ -198,18 +198,50 @@ def _say_short(report):
     "Tell how many documents are too short to be used, if any."
     if report.get('short_tokens'): print(f"{report['short']:,} of {report['documents']:,} documents have fewer than {report['need']:,} tokens and are not used ({report['short_tokens']:,} tokens).", file=sys.stderr, flush=True)
 
-def _claim(out, plan, checkpoint, settings, tokenizer):
-    "The folder of a run is ours: a key of the data's content, and the checkpoint to continue from, if any."
-    key = None if plan['stream'] else content_key(list(parse_sources(plan['data'])), tokenizer, plan['text_field'])
-    claim_folder(out, bool(checkpoint))
+def _check_options(out, plan, settings, eval_data, num_proc):
+    "Refuse options that exclude each other, or that would do nothing."
+    around = next((s for s in parse_sources(plan['data']) if Path(s).expanduser().is_dir() and _inside(out, s)), None)
+    check(around is None, f"{out} lies in the data folder {around}, so that the run would read what it writes; choose another --output-dir.")
+    check(settings.eval_steps or not eval_data, "eval_data needs exams while training; give --eval-steps.")
+    check(num_proc >= 1, f"num_proc is {num_proc}; it must be at least 1.")
+    check(num_proc == 1 or not plan['stream'], "num_proc does nothing for a stream, which is tokenised as it is read; leave it out, and read ahead with --dataloader-num-workers.")
+    check(not plan['mix_original'] or plan['sampler'] != 'e2llm', "e2llm counts positions in fractions, which cannot share a batch with ordinary windows; leave out --mix-original.")
+
+def _inside(path, folder):
+    "Is `path`, or is it somewhere in, `folder`?"
+    path, folder = (Path(p).expanduser().resolve() for p in (path, folder))
+    return path == folder or folder in path.parents
+
+@contextlib.contextmanager
+def _alone(out, patience):
+    "Keep other runs out of a folder. The system ends this with the process, or a moment after it where data workers were left behind."
+    fd, until = os.open(out, os.O_RDONLY), time.time() + patience
+    try:
+        while True:
+            try: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB); break
+            except BlockingIOError: check(time.time() < until, f"another run is writing to {out}; wait until it ends, or choose a new --output-dir."); time.sleep(.2)
+            except OSError: break                    # a file system without locks
+        yield
+    finally:
+        with contextlib.suppress(OSError): fcntl.flock(fd, fcntl.LOCK_UN)
+        os.close(fd)
+
+def _claim(out, plan, checkpoint, settings, tokenizer, held):
+    "The folder of a run is ours until `held` closes: a key of the data's content, and the checkpoint to continue from, if any."
+    key = (stream_key if plan['stream'] else content_key)(list(parse_sources(plan['data'])), tokenizer, plan['text_field'])
+    check(os.access(claim_folder(out, bool(checkpoint)), os.W_OK), f"{out} is not writable; change its permissions, or choose another --output-dir.")
+    held.enter_context(_alone(out, 10 if checkpoint else 0))
+    claim_folder(out, bool(checkpoint))              # again, now that nobody else is at it
     return key, _resume_from(out, plan, checkpoint, settings, key) if checkpoint else None
 
 def _exam(plan, eval_data, settings, tokenizer):
     "The exam of a run, or None."
     if not settings.eval_steps: return None
-    source = eval_data or ('stdlib' if plan['data'] == ['stdlib'] else None)
+    trained = list(parse_sources(plan['data']))
+    source = str(eval_data or ('stdlib' if trained == ['stdlib'] else ''))
     check(source, "exams while training need documents that training does not read; name them with --eval-data.")
-    check(source == 'stdlib' or source not in parse_sources(plan['data']), f"--eval-data {source} is also trained on; name other documents.")
+    both = lambda s: s == source or all(Path(p).expanduser().exists() for p in (s, source)) and (_inside(source, s) or _inside(s, source))
+    check(source == 'stdlib' or not any(map(both, trained)), f"--eval-data {source} is also trained on; name other documents.")
     store = tokenize(heldout_texts(source, plan['text_field']), tokenizer, progress=False)
     return Exam(store, tokenizer, plan['original'], plan['target'], settings.eval_windows, settings.eval_prompts, plan['bos'], settings.seed)
 
@@ -222,10 +254,19 @@ def _base_loss(net, exam, settings):
     net.to(device)
     return loss
 
+def _four_bit(plan, settings, attn_implementation, trust_remote_code):
+    "The frozen base of a plan in 4 bits."
+    from transformers import AutoModelForCausalLM
+    load_config(plan['model'], trust_remote_code)
+    try: return AutoModelForCausalLM.from_pretrained(plan['model'], quantization_config=quantization_config(), dtype='auto' if settings.bf16 else torch.float32, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code).eval()
+    except PoseError: raise
+    except Exception as e: raise PoseError(f"the weights of '{plan['model']}' cannot be loaded in 4 bits ({(str(e).splitlines() or [type(e).__name__])[0]}); leave out --load-in-4bit.") from None
+
 def _base_model(plan, settings, attn_implementation, trust_remote_code):
     "The model of a plan as it was: in float32, or as it is stored where it stays frozen and products are in bf16 anyway."
     lora = plan.get('lora')
     check(not lora or engine() == 'whole', f"LoRA trains so little that every process can hold the whole model; launch it with configs/accelerate/ddp.yaml instead of {engine()}.")
+    if lora and lora['load_in_4bit']: return _four_bit(plan, settings, attn_implementation, trust_remote_code)
     return load_model(plan['model'], None if lora and settings.bf16 else torch.float32, attn_implementation, device=None if engine() == 'whole' else 'cpu', trust_remote_code=trust_remote_code)
 
 def _scaled(net, plan):
@@ -234,19 +275,45 @@ def _scaled(net, plan):
     set_scaling(net, scheme, longest, plan['original'])                                          # refuses what could not be saved at the end
     return set_scaling(net, scheme.at(longest, plan['original']), longest, plan['original'])     # fixed while training
 
-def _check_vocabulary(net, dataset):
-    "Refuse a tokenizer that gives ids which the model does not have."
+def _check_vocabulary(net, dataset, exam):
+    "Refuse a tokenizer that gives ids which the model does not have; those of a stream are looked at step by step."
     text = getattr(dataset, 'datasets', [dataset])[0]
     stores = [d.store for d in getattr(text, 'datasets', [text]) if hasattr(d, 'store')]
-    top, vocab = max((int(s.tokens.max()) for s in stores), default=0), net.get_input_embeddings().num_embeddings
-    check(top < vocab, f"the tokenizer gives token id {top}, but the model's vocabulary has {vocab} entries; use the tokenizer of this model.")
+    asked = [max(e['input_ids'].max().item() for e in exam.near + exam.far), *(max(p.ids + p.answer) for _, p in exam.prompts)] if exam else []
+    check_ids(net, torch.tensor([0, *asked, *(int(s.tokens.max()) for s in stores)]))
+
+# %% ../nbs/10b_workflow.ipynb #c8b17fc5
+def _lora_settings(plan):
+    "The LoRA of a plan, or None."
+    p = plan.get('lora')
+    if not p: return None
+    if p['load_in_4bit']: quantization_config()          # refuses where it cannot work
+    targets = p['targets'] if p['targets'] in (None, 'attention') else tuple(t.strip() for t in p['targets'].split(',') if t.strip())
+    return LoraSettings(r=p['r'], targets=targets, train_norms=not p['only'], train_embeddings=not p['only'])
+
+def _check_lora(plan, trust_remote_code):
+    "Refuse LoRA that the model has no place for; its config says so already."
+    if (lora := _lora_settings(plan)) and not trust_remote_code: layers_for_lora(skeleton(load_config(plan['model'])), lora)
+
+def _add_lora(net, plan, settings):
+    "The model to train: with LoRA where the plan has it, else as it is."
+    lora = _lora_settings(plan)
+    if not lora: return net
+    peft = add_lora(net, lora, settings.seed)
+    check_precision(inner_model(peft), settings.bf16)
+    return peft
+
+def _merge(peft, plan, trust_remote_code):
+    "LoRA added to the weights; to fresh ones where the base is in 4 bits."
+    fresh = _scaled(load_model(plan['model'], torch.float32, trust_remote_code=trust_remote_code), plan) if plan['lora']['load_in_4bit'] else None
+    return merge_lora(peft, base=fresh)
 
 # %% ../nbs/10b_workflow.ipynb #6573d506
 @delegates(TrainSettings)
 def extend(
     model,                          # Checkpoint folder or hub id of a RoPE model
     target:int,                     # Context length to reach, in tokens
-    data:str|list,                  # Text, JSON-lines or parquet file, folder, dataset id, or "stdlib"; several are read in shares of their size, or of the weights behind them: a.jsonl:0.7 b.jsonl:0.3
+    data:str|list,                  # Text, JSON-lines or parquet file, folder, dataset id, or "stdlib"; several are read in shares of their size, or of the weights behind them: a.jsonl:0.7 b.jsonl:0.3 (in Python also {source: weight})
     output_dir,                     # Where the result goes; must be new or empty
     window:int=None,                # Training window, in tokens; None: the window the model was trained on
     scaling:str='yarn',             # Interpolation: none, linear, ntk, ntk_by_parts, yarn, yarn_revised, llama3, longrope, dynamic, abf
@@ -274,7 +341,7 @@ def extend(
     attn_implementation:str=None,   # sdpa, eager, flash_attention_2; None lets transformers choose
     trust_remote_code:bool=False,   # Run code that comes with the checkpoint
     resume_from_checkpoint:str=None,# Checkpoint folder to continue from, or "latest"
-    dry_run:bool=False,             # Only show the plan and three examples
+    dry_run:bool=False,             # Only check everything that can be checked without the weights, and show the plan and three examples
     progress:bool=True,             # Show progress bars
     **kwargs
 )->dict: # The run's record, as in `pose_nb.json`; its `status` is "done" or "stopped"
@@ -283,26 +350,32 @@ def extend(
     if not progress: disable_progress_bar()
     check_attention(attn_implementation)
     plan = on_main(lambda: plan_extension(model, target, window, scaling, factor, scaling_kwargs, original, sampler, chunks, content, first_chunk, sampler_kwargs, trust_remote_code))
-    plan |= dict(data=[str(d) for d in listify(data)], text_field=text_field, stream=stream, passkey_share=passkey_share, copy_share=copy_share, mix_original=mix_original, keep_seam=keep_seam)
+    plan |= dict(data=[str(s) if w is None else f'{s}:{w}' for s, w in data.items()] if isinstance(data, dict) else [str(d) for d in listify(data)], text_field=text_field, stream=stream, passkey_share=passkey_share, copy_share=copy_share, mix_original=mix_original, keep_seam=keep_seam)
     if lora_r: plan['lora'] = dict(r=lora_r, targets=lora_targets, only=lora_only, load_in_4bit=load_in_4bit)
     check(lora_r or not (lora_targets or lora_only or load_in_4bit), "lora_targets, lora_only and load_in_4bit belong to LoRA; give its rank with --lora-r, such as 8.")
     tokenizer, quiet = load_tokenizer(model, trust_remote_code), not (progress and state.is_main_process)
     plan['bos'] = bos_id(tokenizer, bos)
-    make_sampler(plan, tokenizer); _lora_settings(plan)                      # refuse what they refuse before anything is written
-    if dry_run: return describe_run(plan, settings, on_main(lambda: run_data(plan, tokenizer, settings, num_proc, not quiet)), tokenizer)
-    key, where = on_main(lambda: _claim(out, plan, resume_from_checkpoint, settings, tokenizer))
+    make_sampler(plan, tokenizer); _check_lora(plan, trust_remote_code); _check_options(out, plan, settings, eval_data, num_proc)    # refuse before anything is written
+    with contextlib.ExitStack() as held:
+        if not dry_run or out.exists() or resume: key, where = on_main(lambda: _claim(out, plan, resume_from_checkpoint, settings, tokenizer, held))
+        if dry_run: return describe_run(plan, settings, on_main(lambda: run_data(plan, tokenizer, settings, num_proc, not quiet)), tokenizer, exam=_exam(plan, eval_data, settings, tokenizer))
+        return _run(out, plan, settings, tokenizer, key, where, resume, eval_data, num_proc, attn_implementation, trust_remote_code, quiet)
+
+def _run(out, plan, settings, tokenizer, key, where, resume, eval_data, num_proc, attn_implementation, trust_remote_code, quiet):
+    "Train and save, after everything that can be checked without data and weights was checked."
+    main = join().is_main_process
     try:
         on_main(lambda: run_data(plan, tokenizer, settings, num_proc, not quiet) and None)       # the first process tokenises, the others open
         dataset, exam = run_data(plan, tokenizer, settings), _exam(plan, eval_data, settings, tokenizer)
         net = _base_model(plan, settings, attn_implementation, trust_remote_code)
+        _check_vocabulary(net, dataset, exam)
         base_loss = _base_loss(net, exam, settings)
         peft = _add_lora(_scaled(net, plan), plan, settings)
-        _check_vocabulary(inner_model(peft), dataset)
-        on_main(lambda: _begin(out, plan, settings, dataset.report, key, base_loss))
-        result = train(inner_model(peft), dataset, settings, out, where, progress, Monitor(inner_model(peft), target, settings, exam, base_loss, out))
+        on_main(lambda: _begin(out, plan, settings, dataset.report, key, base_loss, exam and dict(data=str(eval_data or 'stdlib'), key=exam.key, windows=len(exam.near), prompts=len(exam.prompts))))
+        result = train(inner_model(peft), dataset, settings, out, where, not quiet, Monitor(inner_model(peft), plan['target'], settings, exam, base_loss, out))
         return on_main(lambda: _finish(out, plan, tokenizer, result, peft, settings, trust_remote_code))
     except BaseException as e:
-        if state.is_main_process: _abandon(out, e, fresh=not resume)
+        if main: _abandon(out, e, fresh=not resume)
         raise
 
 # %% ../nbs/10b_workflow.ipynb #9be43c6d
@@ -317,13 +390,17 @@ def _abandon(out, error, fresh):
 
 def _release(out):
     "Remove a folder that this run created and has written nothing but its record to."
-    for f in ('pose_nb.json', 'train_log.jsonl'): (out/f).unlink(missing_ok=True)
-    if out.exists() and not any(out.iterdir()): out.rmdir()
+    with contextlib.suppress(OSError):               # or the reason for leaving would not be told
+        for f in ('pose_nb.json', 'train_log.jsonl'): (out/f).unlink(missing_ok=True)
+        shutil.rmtree(out/'pose_nb', ignore_errors=True)          # of a tracker
+        if out.exists() and not any(out.iterdir()): out.rmdir()
 
-def _begin(out, plan, settings, report, key, base_loss):
+def _begin(out, plan, settings, report, key, base_loss, exam):
     "Note what is about to happen."
     _say_short(report)
-    write_record(out, dict(status='running', plan=plan, settings=asdict(settings), data=report, data_key=key, base_short_loss=base_loss, processes=join().num_processes, engine=engine()))
+    old = read_record(out).get('exam')
+    if old and exam and old['key'] != exam['key']: warnings.warn("the exam has other questions than before the stop, so that its results before and after cannot be compared.")
+    write_record(out, dict(status='running', plan=plan, settings=asdict(settings), data=report, data_key=key, exam=exam, base_short_loss=base_loss, processes=join().num_processes, engine=engine()))
 
 def _best_or_last(net, out, settings):
     "Put the weights of the best exam into the model, if that was asked for. -> the step they are of, or None"
@@ -366,28 +443,6 @@ def save_figure(
     plt.close(ax.figure)
     return write_atomic(path, buffer.getvalue())
 
-# %% ../nbs/10b_workflow.ipynb #c8b17fc5
-def _lora_settings(plan):
-    "The LoRA of a plan, or None."
-    p = plan.get('lora')
-    if not p: return None
-    if p['load_in_4bit']: quantization_config()          # refuses where it cannot work
-    targets = p['targets'] if p['targets'] in (None, 'attention') else tuple(p['targets'].split(','))
-    return LoraSettings(r=p['r'], targets=targets, train_norms=not p['only'], train_embeddings=not p['only'])
-
-def _add_lora(net, plan, settings):
-    "The model to train: with LoRA where the plan has it, else as it is."
-    lora = _lora_settings(plan)
-    if not lora: return net
-    peft = add_lora(net, lora, settings.seed)
-    check_precision(inner_model(peft), settings.bf16)
-    return peft
-
-def _merge(peft, plan, trust_remote_code):
-    "LoRA added to the weights; to fresh ones where the base is in 4 bits."
-    fresh = _scaled(load_model(plan['model'], torch.float32, trust_remote_code=trust_remote_code), plan) if plan['lora']['load_in_4bit'] else None
-    return merge_lora(peft, base=fresh)
-
 # %% ../nbs/10b_workflow.ipynb #098078ae
 def _piece(tokenizer, ids, start, n):
     text = tokenizer.decode(ids[:24])
@@ -400,9 +455,11 @@ def describe_run(
     tokenizer,     # To show text
     examples:int=3,# How many examples to show
     pieces:int=6,  # How many pieces of each
+    exam=None,     # `Exam`, if there is one
 )->dict: # plan, settings and a text
     "Show what a run would read."
     lines = [f'{k}: {v}' for k, v in plan.items()] + [f'windows per step: {global_batch(settings, join().num_processes)}', f'steps: {settings.max_steps}', f'data found: {dataset.report}']
+    if exam: lines.append(f"exam: every {settings.eval_steps} steps, {len(exam.near)} windows of {plan['original']:,} and of {plan['target']:,} tokens, {len(exam.prompts)} passkey prompts")
     for i in range(examples):
         e = dataset[i]
         ids, pos = e['input_ids'].tolist(), e['position_ids'].numpy()
