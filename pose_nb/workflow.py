@@ -35,6 +35,7 @@ from .checkpoint import check_resume, find_checkpoint, global_batch
 from .engines import engine, join, make_accelerator, on_main
 from .lora import LoraSettings, add_lora, check_precision, inner_model, merge_lora, quantization_config
 from .positions import Contiguous, runs
+from .short import ShortRotation, check_short, pack_documents, packing_guard, short_rotation, switches
 from .sources import content_key, open_sources, parse_sources
 from .train import LossModel, TrainSettings, plot_loss, read_log, train
 from .watch import Exam, Monitor, load_best, mean_loss, plot_watch
@@ -175,8 +176,10 @@ def run_data(
     "The windows of a run: text, generated documents and ordinary windows in the shares of the plan. Raises `PoseError` for data that cannot be used."
     text, ordinary, share = _open(plan, tokenizer, make_sampler(plan, tokenizer), settings, num_proc, progress), None, plan['mix_original']
     check(not share or plan['sampler'] != 'e2llm', "e2llm counts positions in fractions, which cannot share a batch with ordinary windows; leave out --mix-original.")
-    if share: ordinary = _open(plan, tokenizer, Contiguous(plan['window'], plan['window']), settings)
-    return make_dataset(text, tokenizer, settings.seed, plan['passkey_share'], plan['copy_share'], ordinary, share)
+    if share: ordinary = pack_documents(text, plan['window']) if plan['mix_documents'] else _open(plan, tokenizer, Contiguous(plan['window'], plan['window']), settings)
+    data = make_dataset(text, tokenizer, settings.seed, plan['passkey_share'], plan['copy_share'], ShortRotation(ordinary) if plan['mix_original_rope'] else ordinary, share)
+    if share and plan['mix_documents']: data.report = data.report | dict(packed=ordinary.report)
+    return data
 
 # %% ../nbs/10b_workflow.ipynb #d7cda6f7
 def _resume_plan(out, plan):
@@ -196,7 +199,7 @@ def _resume_from(out, plan, checkpoint, settings, data_key):
 
 def _say_short(report):
     "Tell how many documents are too short to be used, if any."
-    if report.get('short_tokens'): print(f"{report['short']:,} of {report['documents']:,} documents have fewer than {report['need']:,} tokens and are not used ({report['short_tokens']:,} tokens).", file=sys.stderr, flush=True)
+    if report.get('short_tokens'): print(f"{report['short']:,} of {report['documents']:,} documents have fewer than {report['need']:,} tokens and are {'only used in ordinary windows' if 'packed' in report else 'not used'} ({report['short_tokens']:,} tokens).", file=sys.stderr, flush=True)
 
 def _claim(out, plan, checkpoint, settings, tokenizer):
     "The folder of a run is ours: a key of the data's content, and the checkpoint to continue from, if any."
@@ -234,6 +237,14 @@ def _scaled(net, plan):
     set_scaling(net, scheme, longest, plan['original'])                                          # refuses what could not be saved at the end
     return set_scaling(net, scheme.at(longest, plan['original']), longest, plan['original'])     # fixed while training
 
+def _short(net, plan, exam):
+    "The model with the rotation of short texts beside that of long ones, for the rows and the exam's near windows that are to have it."
+    scheme = make_scaling(plan)
+    if plan['mix_documents']: packing_guard(net, plan['window'])
+    if not switches(scheme, plan['original'], plan['target']) or not (plan['mix_original_rope'] or exam): return net
+    if exam: exam.near = [e | dict(short_rope=torch.tensor(True)) for e in exam.near]
+    return short_rotation(net, scheme, plan['original'])
+
 def _check_vocabulary(net, dataset):
     "Refuse a tokenizer that gives ids which the model does not have."
     text = getattr(dataset, 'datasets', [dataset])[0]
@@ -266,6 +277,8 @@ def extend(
     passkey_share:float=0.,         # Share of generated passkey documents, in [0, 1)
     copy_share:float=0.,            # Share of generated copying exercises, in [0, 1)
     mix_original:float=0.,          # Share of ordinary windows, at positions 0, 1, 2, ..., in [0, 1)
+    mix_documents:bool=False,       # Ordinary windows hold several whole short documents that do not see each other
+    mix_original_rope:bool=False,   # Ordinary windows are rotated as the finished model rotates short texts; for longrope with two lists, and dynamic
     lora_r:int=0,                   # Rank of LoRA; 0 trains every weight
     lora_targets:str=None,          # LoRA beside these linear layers: "attention", or names with commas; None: beside all
     lora_only:bool=False,           # LoRA without training norms and embeddings
@@ -283,12 +296,12 @@ def extend(
     if not progress: disable_progress_bar()
     check_attention(attn_implementation)
     plan = on_main(lambda: plan_extension(model, target, window, scaling, factor, scaling_kwargs, original, sampler, chunks, content, first_chunk, sampler_kwargs, trust_remote_code))
-    plan |= dict(data=[str(d) for d in listify(data)], text_field=text_field, stream=stream, passkey_share=passkey_share, copy_share=copy_share, mix_original=mix_original, keep_seam=keep_seam)
+    plan |= dict(data=[str(d) for d in listify(data)], text_field=text_field, stream=stream, passkey_share=passkey_share, copy_share=copy_share, mix_original=mix_original, mix_documents=mix_documents, mix_original_rope=mix_original_rope, keep_seam=keep_seam)
     if lora_r: plan['lora'] = dict(r=lora_r, targets=lora_targets, only=lora_only, load_in_4bit=load_in_4bit)
     check(lora_r or not (lora_targets or lora_only or load_in_4bit), "lora_targets, lora_only and load_in_4bit belong to LoRA; give its rank with --lora-r, such as 8.")
     tokenizer, quiet = load_tokenizer(model, trust_remote_code), not (progress and state.is_main_process)
     plan['bos'] = bos_id(tokenizer, bos)
-    make_sampler(plan, tokenizer); _lora_settings(plan)                      # refuse what they refuse before anything is written
+    make_sampler(plan, tokenizer); _lora_settings(plan); check_short(plan, make_scaling(plan), attn_implementation)                      # refuse what they refuse before anything is written
     if dry_run: return describe_run(plan, settings, on_main(lambda: run_data(plan, tokenizer, settings, num_proc, not quiet)), tokenizer)
     key, where = on_main(lambda: _claim(out, plan, resume_from_checkpoint, settings, tokenizer))
     try:
@@ -296,7 +309,7 @@ def extend(
         dataset, exam = run_data(plan, tokenizer, settings), _exam(plan, eval_data, settings, tokenizer)
         net = _base_model(plan, settings, attn_implementation, trust_remote_code)
         base_loss = _base_loss(net, exam, settings)
-        peft = _add_lora(_scaled(net, plan), plan, settings)
+        peft = _add_lora(_short(_scaled(net, plan), plan, exam), plan, settings)
         _check_vocabulary(inner_model(peft), dataset)
         on_main(lambda: _begin(out, plan, settings, dataset.report, key, base_loss))
         result = train(inner_model(peft), dataset, settings, out, where, progress, Monitor(inner_model(peft), target, settings, exam, base_loss, out))
