@@ -6,7 +6,7 @@
 __all__ = ['PackedDataset', 'document_mask', 'attention_of', 'packing_guard', 'switches', 'short_rotation', 'feed_short',
            'ShortRotation', 'pack_documents', 'check_short']
 
-# %% ../nbs/06f_short.ipynb #acbc403d
+# %% ../nbs/06f_short.ipynb #5a9871d3
 import copy
 
 import numpy as np, torch
@@ -19,7 +19,7 @@ from .positions import Contiguous, example_rng
 from .rope_config import to_config
 from .sources import Sources
 
-# %% ../nbs/06f_short.ipynb #b0bd60f2
+# %% ../nbs/06f_short.ipynb #79568a0c
 class PackedDataset(Dataset):
     "Ordinary windows that hold several documents; indices run on past one epoch without end."
     def __init__(self,
@@ -41,7 +41,7 @@ class PackedDataset(Dataset):
         return r | dict(below_window=int((n < self.window - self.own).sum()), below_window_tokens=int(n[n < self.window - self.own].sum()))
     def __len__(self): return len(self._order(0)[1])        # windows in the first epoch; later ones may have one more or less
 
-# %% ../nbs/06f_short.ipynb #3b617fa5
+# %% ../nbs/06f_short.ipynb #71b410f4
 from fastcore.basics import patch
 
 @patch
@@ -77,7 +77,7 @@ def documents(self:PackedDataset,
         out.append((doc, int(rng.integers(0, n - take + 1)) if n + self.own > self.window else 0, take)); room -= take + self.own
     return out
 
-# %% ../nbs/06f_short.ipynb #c2087581
+# %% ../nbs/06f_short.ipynb #85eb0b59
 @patch
 def __getitem__(self:PackedDataset, index:int):
     front = [] if self.bos is None else [self.bos]
@@ -87,7 +87,7 @@ def __getitem__(self:PackedDataset, index:int):
     e['labels'][1:][torch.from_numpy(np.diff(docs) != 0)] = -100        # nothing of its own document stands before it
     return e | dict(document_ids=torch.from_numpy(docs))
 
-# %% ../nbs/06f_short.ipynb #ecc93e6b
+# %% ../nbs/06f_short.ipynb #f25697a8
 def document_mask(
     document_ids:torch.Tensor,  # int64, shape (batch, window): equal for tokens of one document
 )->torch.Tensor: # bool, shape (batch, 1, window, window); True where the query (third axis) sees the key (fourth)
@@ -106,7 +106,7 @@ def attention_of(
     dtype = model.get_input_embeddings().weight.dtype                   # eager attention adds its mask to the scores
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
-# %% ../nbs/06f_short.ipynb #6623c970
+# %% ../nbs/06f_short.ipynb #f26eddbe
 def _short_sight(config):
     "How far back the shortest-sighted layers of a model look, in tokens; 0 for all the way."
     near = getattr(config, 'sliding_window', None) if getattr(config, 'use_sliding_window', True) else None
@@ -130,7 +130,7 @@ def packing_guard(
     allowed = 1e-4 if a.dtype == torch.float32 else .01                  # experts of a mixture round differently in other company
     check(_relative(other, a) < allowed and _relative(own[:, 1:], a[:, 1:]) > 0, f"{type(model).__name__} mixes up documents that a mask keeps apart; leave out --mix-documents.")
 
-# %% ../nbs/06f_short.ipynb #937721fb
+# %% ../nbs/06f_short.ipynb #5f229ba6
 def switches(
     scheme,        # A scheme of page Interpolation
     original:int,  # Window the model was first trained on, in tokens
@@ -139,7 +139,7 @@ def switches(
     "Whether a model with this scheme, once saved, rotates short texts in a way of its own."
     return scheme.at(original, original) != scheme.at(max(target, original), original)
 
-# %% ../nbs/06f_short.ipynb #97e7b92c
+# %% ../nbs/06f_short.ipynb #031fae35
 def _rotate_short(module, args, kwargs, out):
     "The hook: the twin's cos and sin in the rows that are flagged."
     flags = module.short_flags
@@ -180,7 +180,7 @@ def feed_short(
         m.short_flags = flags
         if flags is not None: m.short_twin.to(flags.device)
 
-# %% ../nbs/06f_short.ipynb #4bd269cb
+# %% ../nbs/06f_short.ipynb #7ea86efd
 class ShortRotation(Dataset):
     "A dataset whose examples are to be rotated as short texts."
     def __init__(self,
@@ -188,7 +188,7 @@ class ShortRotation(Dataset):
     ): self.dataset = dataset
     def __getitem__(self, index:int): return self.dataset[index] | dict(short_rope=torch.tensor(True))
 
-# %% ../nbs/06f_short.ipynb #1e5e5990
+# %% ../nbs/06f_short.ipynb #d5d97485
 def pack_documents(
     text,        # `WindowDataset`, or `Sources` of several
     window:int,  # Tokens per window
