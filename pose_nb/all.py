@@ -25,6 +25,7 @@ from .architectures import *
 from .engines import *
 from .checkpoint import *
 from .lora import *
+from .short import *
 from .train import *
 from .perplexity import *
 from .retrieval import *

@@ -267,11 +267,13 @@ def training_example(
     return dict(input_ids=t(input_ids), labels=t(labels), position_ids=t(p), attention_mask=torch.ones(len(labels), dtype=torch.long), loss_weights=t(w))
 
 # %% ../nbs/04_data.ipynb #d042d21a
+_ABSENT = dict(document_ids=lambda e: torch.zeros_like(e['input_ids']), short_rope=lambda e: torch.tensor(False))     # of page Short
+
 def collate(
-    examples:list,  # Dicts from `training_example`
-)->dict: # The same keys, each of shape (batch, window)
-    "Stack examples. Raises `PoseError` if some positions do not increase strictly."
-    batch = {k: torch.stack([e[k] for e in examples]) for k in examples[0]}
+    examples:list,  # Dicts from `training_example`; some may also have `document_ids` and `short_rope`
+)->dict: # The same keys, each of shape (batch, window); `short_rope` of shape (batch,)
+    "Stack examples. An example without `document_ids` is one document, one without `short_rope` is not short. Raises `PoseError` if some positions do not increase strictly."
+    batch = {k: torch.stack([e[k] if k in e else _ABSENT[k](e) for e in examples]) for k in {k: 0 for e in examples for k in e}}
     check(bool((batch['position_ids'].diff(dim=1) > 0).all()), "positions of a batch must increase strictly; a sampler returned repeated or unordered positions.")
     return batch
 

@@ -26,6 +26,7 @@ from .data import collate
 from .engines import any_process, check_tracker, engine, make_accelerator, plain_model, start_trackers
 from .lora import trained_only
 from .model import _evaluating, feed_positions, seam_guard
+from .short import attention_of, feed_short
 
 # %% ../nbs/06_train.ipynb #805358cb
 def _slice_loss(head, hidden, labels, weights):
@@ -103,8 +104,9 @@ class LossModel(nn.Module):
     @property
     def config(self): return self.model.config
     def forward(self, batch=None, **kwargs):
+        feed_short(self.model, batch.get('short_rope') if batch else None)
         if batch is None: return self.model(**kwargs)
-        kw = {k: batch[k] for k in ('input_ids', 'attention_mask')} | feed_positions(self.model, batch['position_ids'])
+        kw = dict(input_ids=batch['input_ids'], attention_mask=attention_of(self.model, batch)) | feed_positions(self.model, batch['position_ids'])
         hidden = _base(self.model)(**kw, use_cache=False).last_hidden_state
         w = batch['loss_weights']
         if self.liger and bool(((w == 0) | (w == 1)).all()):
@@ -118,7 +120,7 @@ def head_guard(
     tokens:int=64,         # How many tokens of the first row to compare
 )->None:
     "Raise `PoseError` if the sliced loss differs from the loss of the model's own logits."
-    part = {k: v[:1, :tokens] for k, v in batch.items()}
+    part = {k: v[:1, :tokens] for k, v in batch.items() if k not in ('document_ids', 'short_rope')}
     with _evaluating(loss_model):
         ours = loss_model(part).item()
         logits = loss_model(**{k: part[k] for k in ('input_ids', 'attention_mask')}, **feed_positions(loss_model.model, part['position_ids']), use_cache=False).logits
@@ -405,7 +407,7 @@ def train(
     log, t0, done = _Log(out, start, acc.is_main_process), time.perf_counter(), start
     if monitor and log.rows and log.rows[-1]['step'] == start and (missed := monitor.missed(acc, loss_model, log.rows[-1])): log.rows[-1] |= missed; log.write()
     with StopFlag() as flag, tqdm(total=settings.max_steps, initial=start, desc='training', unit=' steps', disable=not (progress and acc.is_main_process)) as bar, contextlib.ExitStack() as after:
-        after.callback(feed_positions, model, None)            # fractional positions leave hooks
+        after.callback(feed_positions, model, None); after.callback(feed_short, model, None)       # fractional positions leave hooks, short rows their flags
         batches, stop = iter(_loader(dataset, settings, start, acc)), False
         while done < settings.max_steps and not stop:
             t1 = time.perf_counter()

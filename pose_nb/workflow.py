@@ -35,6 +35,7 @@ from .checkpoint import check_resume, checkpoints, find_checkpoint, global_batch
 from .engines import engine, join, make_accelerator, on_main
 from .lora import LoraSettings, add_lora, check_precision, inner_model, lora_targets as layers_for_lora, merge_lora, quantization_config
 from .positions import Contiguous, runs
+from .short import ShortRotation, check_short, pack_documents, packing_guard, short_rotation, switches
 from .sources import content_key, open_sources, parse_sources, stream_key
 from .train import LossModel, TrainSettings, check_ids, plot_loss, read_log, train
 from .watch import Exam, Monitor, load_best, mean_loss, plot_watch
@@ -174,8 +175,10 @@ def run_data(
 ): # An endless dataset of windows
     "The windows of a run: text, generated documents and ordinary windows in the shares of the plan. Raises `PoseError` for data that cannot be used."
     text, ordinary, share = _open(plan, tokenizer, make_sampler(plan, tokenizer), settings, num_proc, progress), None, plan['mix_original']
-    if share: ordinary = _open(plan, tokenizer, Contiguous(plan['window'], plan['window']), settings)
-    return make_dataset(text, tokenizer, settings.seed, plan['passkey_share'], plan['copy_share'], ordinary, share)
+    if share: ordinary = pack_documents(text, plan['window']) if plan['mix_documents'] else _open(plan, tokenizer, Contiguous(plan['window'], plan['window']), settings)
+    data = make_dataset(text, tokenizer, settings.seed, plan['passkey_share'], plan['copy_share'], ShortRotation(ordinary) if plan['mix_original_rope'] else ordinary, share)
+    if share and plan['mix_documents']: data.report = data.report | dict(packed=ordinary.report)
+    return data
 
 # %% ../nbs/10b_workflow.ipynb #d7cda6f7
 def _resume_plan(out, plan):
@@ -196,7 +199,7 @@ def _resume_from(out, plan, checkpoint, settings, data_key):
 
 def _say_short(report):
     "Tell how many documents are too short to be used, if any."
-    if report.get('short_tokens'): print(f"{report['short']:,} of {report['documents']:,} documents have fewer than {report['need']:,} tokens and are not used ({report['short_tokens']:,} tokens).", file=sys.stderr, flush=True)
+    if report.get('short_tokens'): print(f"{report['short']:,} of {report['documents']:,} documents have fewer than {report['need']:,} tokens and are {'only used in ordinary windows' if 'packed' in report else 'not used'} ({report['short_tokens']:,} tokens).", file=sys.stderr, flush=True)
 
 def _check_options(out, plan, settings, eval_data, num_proc):
     "Refuse options that exclude each other, or that would do nothing."
@@ -275,6 +278,14 @@ def _scaled(net, plan):
     set_scaling(net, scheme, longest, plan['original'])                                          # refuses what could not be saved at the end
     return set_scaling(net, scheme.at(longest, plan['original']), longest, plan['original'])     # fixed while training
 
+def _short(net, plan, exam):
+    "The model with the rotation of short texts beside that of long ones, for the rows and the exam's near windows that are to have it."
+    scheme = make_scaling(plan)
+    if plan['mix_documents']: packing_guard(net, plan['window'])
+    if not switches(scheme, plan['original'], plan['target']) or not (plan['mix_original_rope'] or exam): return net
+    if exam: exam.near = [e | dict(short_rope=torch.tensor(True)) for e in exam.near]
+    return short_rotation(net, scheme, plan['original'])
+
 def _check_vocabulary(net, dataset, exam):
     "Refuse a tokenizer that gives ids which the model does not have; those of a stream are looked at step by step."
     text = getattr(dataset, 'datasets', [dataset])[0]
@@ -333,6 +344,8 @@ def extend(
     passkey_share:float=0.,         # Share of generated passkey documents, in [0, 1)
     copy_share:float=0.,            # Share of generated copying exercises, in [0, 1)
     mix_original:float=0.,          # Share of ordinary windows, at positions 0, 1, 2, ..., in [0, 1)
+    mix_documents:bool=False,       # Ordinary windows hold several whole short documents that do not see each other
+    mix_original_rope:bool=False,   # Ordinary windows are rotated as the finished model rotates short texts; for longrope with two lists, and dynamic
     lora_r:int=0,                   # Rank of LoRA; 0 trains every weight
     lora_targets:str=None,          # LoRA beside these linear layers: "attention", or names with commas; None: beside all
     lora_only:bool=False,           # LoRA without training norms and embeddings
@@ -350,12 +363,12 @@ def extend(
     if not progress: disable_progress_bar()
     check_attention(attn_implementation)
     plan = on_main(lambda: plan_extension(model, target, window, scaling, factor, scaling_kwargs, original, sampler, chunks, content, first_chunk, sampler_kwargs, trust_remote_code))
-    plan |= dict(data=[str(s) if w is None else f'{s}:{w}' for s, w in data.items()] if isinstance(data, dict) else [str(d) for d in listify(data)], text_field=text_field, stream=stream, passkey_share=passkey_share, copy_share=copy_share, mix_original=mix_original, keep_seam=keep_seam)
+    plan |= dict(data=[str(s) if w is None else f'{s}:{w}' for s, w in data.items()] if isinstance(data, dict) else [str(d) for d in listify(data)], text_field=text_field, stream=stream, passkey_share=passkey_share, copy_share=copy_share, mix_original=mix_original, mix_documents=mix_documents, mix_original_rope=mix_original_rope, keep_seam=keep_seam)
     if lora_r: plan['lora'] = dict(r=lora_r, targets=lora_targets, only=lora_only, load_in_4bit=load_in_4bit)
     check(lora_r or not (lora_targets or lora_only or load_in_4bit), "lora_targets, lora_only and load_in_4bit belong to LoRA; give its rank with --lora-r, such as 8.")
     tokenizer, quiet = load_tokenizer(model, trust_remote_code), not (progress and state.is_main_process)
     plan['bos'] = bos_id(tokenizer, bos)
-    make_sampler(plan, tokenizer); _check_lora(plan, trust_remote_code); _check_options(out, plan, settings, eval_data, num_proc)    # refuse before anything is written
+    make_sampler(plan, tokenizer); _check_lora(plan, trust_remote_code); _check_options(out, plan, settings, eval_data, num_proc); check_short(plan, make_scaling(plan), attn_implementation)    # refuse before anything is written
     with contextlib.ExitStack() as held:
         if not dry_run or out.exists() or resume: key, where = on_main(lambda: _claim(out, plan, resume_from_checkpoint, settings, tokenizer, held))
         if dry_run: return describe_run(plan, settings, on_main(lambda: run_data(plan, tokenizer, settings, num_proc, not quiet)), tokenizer, exam=_exam(plan, eval_data, settings, tokenizer))
@@ -370,7 +383,7 @@ def _run(out, plan, settings, tokenizer, key, where, resume, eval_data, num_proc
         net = _base_model(plan, settings, attn_implementation, trust_remote_code)
         _check_vocabulary(net, dataset, exam)
         base_loss = _base_loss(net, exam, settings)
-        peft = _add_lora(_scaled(net, plan), plan, settings)
+        peft = _add_lora(_short(_scaled(net, plan), plan, exam), plan, settings)
         on_main(lambda: _begin(out, plan, settings, dataset.report, key, base_loss, exam and dict(data=str(eval_data or 'stdlib'), key=exam.key, windows=len(exam.near), prompts=len(exam.prompts))))
         result = train(inner_model(peft), dataset, settings, out, where, not quiet, Monitor(inner_model(peft), plan['target'], settings, exam, base_loss, out))
         return on_main(lambda: _finish(out, plan, tokenizer, result, peft, settings, trust_remote_code))
