@@ -246,7 +246,7 @@ def _exam(plan, eval_data, settings, tokenizer):
     both = lambda s: s == source or all(Path(p).expanduser().exists() for p in (s, source)) and (_inside(source, s) or _inside(s, source))
     check(source == 'stdlib' or not any(map(both, trained)), f"--eval-data {source} is also trained on; name other documents.")
     store = tokenize(heldout_texts(source, plan['text_field']), tokenizer, progress=False)
-    return Exam(store, tokenizer, plan['original'], plan['target'], settings.eval_windows, settings.eval_prompts, plan['bos'], settings.seed)
+    return Exam(store, tokenizer, plan['original'], plan['target'], settings.eval_windows, settings.eval_prompts, plan['bos'])      # one exam for all seeds, so that runs can be compared
 
 def _base_loss(net, exam, settings):
     "How well the base model, at its own rotation, reads windows of its own length."

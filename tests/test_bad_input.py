@@ -310,7 +310,9 @@ def small_files():
     resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
 
-def test_no_space_for_the_tokens(extend, corpus, small_files, tmp_path):
+def test_no_space_for_the_tokens(extend, corpus, checkpoint, small_files, tmp_path, monkeypatch):
+    checkpoint()
+    monkeypatch.setenv('POSE_NB_CACHE', str(tmp_path/'tokens'))
     small_files(4000)
     assert_refused(extend(data=corpus.folder), 'free some space')
     small_files(resource.RLIM_INFINITY)

@@ -7,7 +7,6 @@ from conftest import make_model, make_texts, make_tokenizer
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-import pose_nb.train
 from pose_nb.architectures import tiny_model
 from pose_nb.common import PoseError
 from pose_nb.data import WindowDataset, tokenize
@@ -144,10 +143,7 @@ class StopAt:
 
 
 @pytest.mark.parametrize('dropout', [0., .2])
-def test_a_checkpoint_of_what_is_trained_resumes_bit_for_bit(tmp_path, monkeypatch, dropout, capsys):
-    prepare = pose_nb.train._prepare
-    def only(model, settings): out = prepare(model, settings); trained_only(out[0]); return out
-    monkeypatch.setattr(pose_nb.train, '_prepare', only)
+def test_a_checkpoint_of_what_is_trained_resumes_bit_for_bit(tmp_path, dropout, capsys):
     make = lambda: add_lora(model(), LoraSettings(r=2, dropout=dropout))
     straight, resumed = make(), make()
     one = train(inner_model(straight), dataset(), SETTINGS, progress=False)
