@@ -91,7 +91,8 @@ def clear_unfinished(
 )->None:
     "Delete what a run that was killed while saving or deleting has left."
     output_dir.mkdir(parents=True, exist_ok=True)
-    for left in output_dir.glob('.checkpoint-*'): shutil.rmtree(left)
+    for left in [*output_dir.glob('.checkpoint-*'), *output_dir.glob('.best.tmp')]: shutil.rmtree(left)
+    for left in output_dir.glob('.*.*.????????'): left.unlink()      # of `write_atomic`
 
 # %% ../nbs/06b_checkpoint.ipynb #37562208
 def verify_checkpoint(
