@@ -6,7 +6,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export DS_BUILD_OPS ?= 0
 export DS_ACCELERATOR ?= $(if $(shell command -v nvidia-smi),cuda,cpu)
 
-.PHONY: demo test test-engines notebooks bench docs clean
+.PHONY: demo test test-engines soak notebooks bench docs clean
 
 .venv/installed: settings.ini setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -35,6 +35,12 @@ test: .venv/installed
 	touch $@
 test-engines: .venv/installed .engines/transformers-4.57.3/installed .engines/transformers-4.46.3/installed .engines/llama-cpp/installed
 	POSE_NB_ENGINES=$(CURDIR)/.engines $(BIN)/python -m pytest -q tests/test_engines.py
+
+# Opt-in: kill runs at random moments and compare them with runs that nobody kills (about half an hour on a free machine); the result goes to tests/soak.txt.
+KILLS ?= 200
+SEED  ?= 0
+soak: .venv/installed
+	$(BIN)/python tests/soak.py --kills $(KILLS) --seed $(SEED) --out tests/soak.txt
 
 # Run notebooks in place and keep their outputs: make notebooks NB=nbs/00_rope.ipynb (add FLAGS=+slow for slow cells).
 NB ?= $(sort $(wildcard nbs/*.ipynb))
