@@ -36,7 +36,7 @@ test: .venv/installed
 test-engines: .venv/installed .engines/transformers-4.57.3/installed .engines/transformers-4.46.3/installed .engines/llama-cpp/installed
 	POSE_NB_ENGINES=$(CURDIR)/.engines $(BIN)/python -m pytest -q tests/test_engines.py
 
-# Opt-in: kill runs at random moments and compare them with runs that nobody kills (about half an hour on a free machine); the result goes to tests/soak.txt.
+# Opt-in: kill runs at random moments and compare them with runs that nobody kills (about half an hour); the result goes to tests/soak.txt.
 KILLS ?= 200
 SEED  ?= 0
 soak: .venv/installed

@@ -12,7 +12,7 @@ Most lives are forked from this process, which has imported everything; every si
 processes are always real. After each death: every checkpoint is whole, the log agrees with the uninterrupted run, and a model that is there
 is the right one. Once per run the newest checkpoint is damaged, and the next life must go on from the one before, with a message.
 """
-import argparse, json, os, random, shutil, signal, socket, subprocess, sys, tempfile, time
+import argparse, json, os, random, shutil, signal, socket, subprocess, sys, tempfile, threading, time
 from collections import Counter
 from pathlib import Path
 
@@ -20,7 +20,8 @@ from conftest import TARGET, command, extend_args, make_model, make_texts, make_
 ROOT = Path(__file__).parents[1]
 os.environ |= dict(PYTHONPATH=str(ROOT), PYTHONWARNINGS='ignore', DS_ACCELERATOR='cpu')
 sys.path.insert(0, str(ROOT))
-import psutil, torch
+import psutil, torch, tqdm
+tqdm.tqdm.set_lock(threading.RLock())      # its own lock is shared between forked processes, and one that is killed while it holds it would stop all later ones
 torch.set_num_threads(1)
 import peft, transformers.models.llama.modeling_llama, pose_nb.cli, pose_nb.workflow      # so that a forked life starts at once
 from pose_nb.checkpoint import checkpoints, verify_checkpoint
@@ -28,12 +29,12 @@ from pose_nb.common import PoseError, environment, read_json
 from pose_nb.train import read_log
 from safetensors.torch import load_file
 
-STEPS = 40
+STEPS, LIMIT = 40, 240      # steps of a run; seconds after which a life counts as one that hangs
 CONFIGS = {      # words of `extend`, share of the kills, processes that a life may have
-    'plain':   (dict(save_steps=1), 36, (1,)),
-    'workers': (dict(save_steps=2, dataloader_num_workers=2, gradient_accumulation_steps=2, per_device_train_batch_size=1), 36, (1,)),
+    'plain':   (dict(save_steps=1), 34, (1,)),
+    'workers': (dict(save_steps=2, dataloader_num_workers=2, gradient_accumulation_steps=2, per_device_train_batch_size=1), 34, (1,)),
     'lora':    (dict(save_steps=1, lora_r=4), 32, (1,)),
-    'even':    (dict(save_steps=2, sampler='pose_even'), 28, (1,)),
+    'even':    (dict(save_steps=2, sampler='pose_even'), 32, (1,)),
     'best':    (dict(save_steps=1, eval_steps=3, load_best_model_at_end=True, eval_windows=2, eval_prompts=2), 44, (1,)),
     'ddp':     (dict(save_steps=1), 16, (2,)),
     'worlds':  (dict(save_steps=1), 8, (2, 1)),      # another number of processes in every life: the same examples, sums in another order
@@ -122,7 +123,7 @@ def words(d, config, out, processes=1):
     return [str(a) for a in args]
 
 
-def wait(life, until=lambda: False, seconds=300, nap=.001):
+def wait(life, until=lambda: False, seconds=LIMIT, nap=.001):
     "Until the life is over (True), or something has happened, or the time is up."
     while not life.done():
         if time.time() - life.t0 > seconds or until(): return False
@@ -140,7 +141,7 @@ def uninterrupted(d, config):
         start = time.time() - life.t0
         wait(life, lambda: len(read_log(out)) == STEPS)
         steps = time.time() - life.t0 - start
-        assert wait(life) and life.code == 0, f'{config}: {life.messages.read_text()}'
+        if not wait(life) or life.code: life.kill(); raise SystemExit(f'{config}, before anyone is killed: {life.messages.read_text()}')
         took[p] = start, steps, time.time() - life.t0 - start - steps, int(Path(f'{life.messages}.files').read_text()) if not p else 0
         first = first or out
         problems = compare(out, first, config)
@@ -215,7 +216,7 @@ def damage(checkpoint, rng):
 def moment(kind, life, out, start, took, rng):
     "Wait for the moment of death. -> False if the life ended before"
     begin, steps, end, _ = took
-    if kind == 'file': return not wait(life, seconds=600) or life.code == -signal.SIGKILL
+    if kind == 'file': return not wait(life) or life.code == -signal.SIGKILL
     if kind == 'time': return not wait(life, seconds=rng.uniform(0, begin + steps * (STEPS - start) / STEPS + end))
     mark, later = time.time_ns(), rng.uniform(0, end if kind == 'last' else .08)
     log = out/'train_log.jsonl'
@@ -229,7 +230,7 @@ def moment(kind, life, out, start, took, rng):
 
 class Soak:
     "The counts of all runs."
-    def __init__(self, d, seed): self.d, self.rng, self.lives, self.total, self.lines, self.forks = d, random.Random(seed), 0, Counter(), [], 0
+    def __init__(self, d): self.d, self.rng, self.lives, self.total, self.lines, self.forks = d, None, 0, Counter(), [], 0
     def say(self, line): print(line, flush=True); self.lines.append(line)
     def life(self, config, out, processes, resume, strike):
         args = words(self.d, config, out, processes or 1) + ['--resume-from-checkpoint'] * resume
@@ -253,7 +254,8 @@ class Soak:
             strike = rng.randrange(1, max(2, int(took[processes][3] * (STEPS - start) / STEPS))) if kind == 'file' else 0
             life = self.life(config, out, processes, bool(found), strike)
             n['resumes'] += bool(found)
-            killed = moment(kind, life, out, start, took[processes], rng) if kind != 'end' else not wait(life, seconds=600)
+            killed = moment(kind, life, out, start, took[processes], rng) if kind != 'end' else not wait(life)
+            if time.time() - life.t0 > LIMIT: problems.append(f'a life hangs after step {len(read_log(out))}: {life.messages.read_text()[-1500:]}')
             if killed:
                 one = rng.randrange(2) if processes > 1 and rng.random() < .25 else None
                 life.kill(one)
@@ -297,9 +299,9 @@ def main():
     os.environ |= dict(POSE_NB_CACHE=str(d/'tokens'), HF_DATASETS_CACHE=str(d/'datasets'), HF_MODULES_CACHE=str(d/'modules'), TMPDIR=str(d/'tmp'))
     (d/'tmp').mkdir(); tempfile.tempdir = None
     make_files(d)
-    soak, shares = Soak(d, a.seed), sum(CONFIGS[c][1] for c in names)
+    soak, shares = Soak(d), sum(CONFIGS[c][1] for c in names)
     for c in names:
-        whole, took = uninterrupted(d, c)
+        whole, took, soak.rng = *uninterrupted(d, c), random.Random(f'{a.seed} {c}')
         left, number = max(1, round(a.kills * CONFIGS[c][1] / shares)), 0
         while left > 0 and number < 3 * a.kills: left, number = left - soak.run(c, number, min(left, 8), whole, took), number + 1
     t, n = soak.total, soak.total.get
