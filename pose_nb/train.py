@@ -277,7 +277,7 @@ def memory_advice(
     if not settings.gradient_checkpointing: return "--gradient-checkpointing, which computes more and gives the same result"
     if settings.loss_chunk > 128: return f"--loss-chunk {max(settings.loss_chunk // 4, 128)}, which gives the same result"
     if not settings.bf16: return "a new run with --bf16"
-    return "a new run with a shorter --window, or several GPUs with one of the files in configs/accelerate"
+    return "a new run with --lora-r 8, with a shorter --window, or on several GPUs with one of the files in configs/accelerate"
 
 def _out_of_memory(e): return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or isinstance(e, RuntimeError) and ("can't allocate memory" in str(e) or 'out of memory' in str(e))
 
