@@ -7,7 +7,7 @@ __all__ = ['FREE', 'keep_as_json', 'global_batch', 'save_checkpoint', 'checkpoin
            'find_checkpoint', 'check_resume', 'load_checkpoint']
 
 # %% ../nbs/06b_checkpoint.ipynb #42b3d1a5
-import hashlib, json, os, shutil, sys
+import hashlib, json, logging, os, shutil, sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -66,6 +66,7 @@ def save_checkpoint(
     "Write `checkpoint-<step>` whole or not at all, then delete older ones. Raises `PoseError` if there is no space."
     final, tmp = output_dir/f'checkpoint-{step}', output_dir/f'.checkpoint-{step}.tmp'
     manifest = dict(step=step, settings=asdict(settings), engine=engine(), processes=acc.num_processes, windows=global_batch(settings, acc.num_processes))
+    logging.getLogger('accelerate.utils.other').setLevel(logging.ERROR)       # it warns of tied weights, which are stored once, as they should be
     try:
         acc.save_state(str(tmp))
         acc.wait_for_everyone()
