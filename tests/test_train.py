@@ -1,5 +1,5 @@
 "The training loop computes what a textbook loop computes, however the work is sliced, batched or spread."
-import os, signal, socket, subprocess, sys
+import os, shutil, signal, subprocess, sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from pose_nb.data import WindowDataset, collate, tokenize
 from pose_nb.model import set_scaling
 from pose_nb.interpolation import YaRN
 from pose_nb.positions import PoSE
-from pose_nb.train import LossModel, TrainSettings, chunked_loss, head_guard, label_weight, step_indices, train
+from pose_nb.train import LossModel, TrainSettings, chunked_loss, head_guard, label_weight, memory_advice, step_indices, train
 
 KINDS = ('llama', 'mistral', 'qwen2')
 SETTINGS = TrainSettings(max_steps=4, per_device_train_batch_size=4, learning_rate=1e-3, warmup_steps=1)
@@ -86,9 +86,8 @@ if PartialState().is_main_process:
 
 def two_processes(tmp_path):
     "The training loop in two CPU processes, as torchrun starts them."
-    with socket.socket() as free: free.bind(('127.0.0.1', 0)); port = free.getsockname()[1]
     (tmp_path/'worker.py').write_text(WORKER)
-    words = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', '--master_port', str(port), str(tmp_path/'worker.py'), str(Path(__file__).parent), str(tmp_path/'run')]
+    words = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', '--standalone', str(tmp_path/'worker.py'), str(Path(__file__).parent), str(tmp_path/'run')]
     job = subprocess.Popen(words, env=os.environ | dict(ACCELERATE_USE_CPU='true', OMP_NUM_THREADS='1'), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
     try: out, _ = job.communicate(timeout=150)
     finally: job.poll() is None and os.killpg(job.pid, signal.SIGKILL)
@@ -148,3 +147,38 @@ def test_the_loss_in_slices_is_that_of_models_that_scale_or_squash_their_logits(
     plain = model.get_output_embeddings()
     hidden = torch.randn(3, plain.in_features)
     assert not torch.allclose(logits_head(model)(hidden), plain(hidden)), 'something is done to the logits'
+
+
+def test_liger_gives_the_same_loss_and_gradients():
+    "On a CPU through Triton's interpreter, in a process of its own since Triton reads the switch once: pip install liger-kernel triton."
+    pytest.importorskip('liger_kernel')
+    code = """
+from test_train import *
+from pose_nb.train import can_use_liger
+a, b = (LossModel(model(), liger=l) for l in (False, True))
+batch = collate([dataset()[i] for i in range(2)])
+assert can_use_liger(a.model)
+for m in (a, b): m(batch).backward()
+assert abs(a(batch) - b(batch)) < 1e-3
+for k, g in gradients(a).items(): assert torch.allclose(g, gradients(b)[k], atol=1e-4, rtol=1e-4), k
+batch['loss_weights'] = batch['loss_weights'] * 2
+assert torch.equal(a(batch), b(batch)), 'other weights than 0 and 1 take the loss in slices'
+"""
+    r = subprocess.run([sys.executable, '-c', code], env=os.environ | dict(TRITON_INTERPRET='1', PYTHONPATH=f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}"), capture_output=True, text=True)
+    assert r.returncode == 0, r.stderr
+
+
+@pytest.mark.skipif(shutil.which('g++') is None, reason='torch.compile needs a compiler on a CPU')
+def test_a_compiled_model_trains_the_same():
+    a, b = (train(model(), dataset(), replace(SETTINGS, max_steps=2, torch_compile=c), progress=False) for c in (False, True))
+    assert max(abs(x - y) for x, y in zip(losses(a), losses(b))) < 1e-5
+
+
+def test_what_to_try_when_memory_runs_out_gets_dearer_step_by_step():
+    s, said = TrainSettings(per_device_train_batch_size=6, loss_chunk=1024), []
+    for change in (dict(per_device_train_batch_size=3, gradient_accumulation_steps=2), dict(per_device_train_batch_size=1, gradient_accumulation_steps=6), dict(gradient_checkpointing=True), dict(loss_chunk=256), dict(loss_chunk=128), dict(bf16=True)):
+        said.append(memory_advice(s))
+        for k, v in change.items(): assert f"--{k.replace('_', '-')}{'' if v is True else f' {v}'}" in said[-1]
+        assert ('same result' in said[-1]) != ('bf16' in change)
+        s = replace(s, **change)
+    assert '--lora-r' in memory_advice(s) and 'configs/accelerate' in memory_advice(s)
