@@ -6,10 +6,10 @@
 __all__ = ['join', 'engine', 'make_accelerator', 'check_tracker', 'start_trackers', 'any_process', 'on_main', 'plain_model']
 
 # %% ../nbs/06a_engines.ipynb #a2d68b35
-import os
+import atexit, os
 from dataclasses import asdict
 
-import torch
+import torch, torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.tracking import get_available_trackers
@@ -21,6 +21,10 @@ from .common import PoseError, check
 # %% ../nbs/06a_engines.ipynb #437750bb
 def _asked(engine): return os.environ.get(f'ACCELERATE_USE_{engine}', 'false').lower() == 'true'
 
+def _part():
+    "Close the connection in order; without this, a process that ends a moment before the others can crash them."
+    if dist.is_initialized(): dist.destroy_process_group()
+
 def join()->PartialState: # `process_index`, in [0, num_processes), and `num_processes`, at least 1
     "Join the other processes of this run, if there are any. Raises `PoseError` if DeepSpeed is asked for and not installed."
     if PartialState._shared_state: return PartialState()
@@ -31,6 +35,7 @@ def join()->PartialState: # `process_index`, in [0, num_processes), and `num_pro
         from importlib.util import find_spec
         check(find_spec('deepspeed'), "this run was launched with DeepSpeed, which is not installed; install it with: pip install 'pose_nb[deepspeed]'.")
         state = PartialState(cpu=False, **(dict(backend='gloo') if cpu else {}))
+    if state.num_processes > 1: atexit.register(_part)
     if cpu and _asked('FSDP') and state.num_processes > 1: PartialState._shared_state['distributed_type'] = DistributedType.MULTI_GPU
     return state
 
