@@ -176,4 +176,6 @@ def main(
 
 # %% ../nbs/11_cli.ipynb #7769cdec
 #| eval: false
-if __name__ == '__main__': sys.exit(main())
+if __name__ == '__main__':
+    from pose_nb.engines import leave
+    leave(main())
