@@ -472,6 +472,8 @@ s = replace(FAST, max_steps=3, per_device_train_batch_size=2)
 streamed = train(net(), open_sources([sys.argv[2] + ':2', sys.argv[3] + ':1'], TOK, SAMPLER, bos=0, stream=True), s, progress=False)
 kept = train(net(), open_sources([sys.argv[2] + ':2', sys.argv[3] + ':1'], TOK, SAMPLER, bos=0, cache_dir=sys.argv[4] + '/c', progress=False), s, progress=False)
 if PartialState().is_main_process: torch.save([PartialState().num_processes, losses(streamed), losses(kept)], sys.argv[4] + '/seen.pt')
+from pose_nb.engines import leave
+leave(0)
 """
 
 def test_two_real_processes_read_streams_and_stores_as_one_does(corpus, tmp_path):

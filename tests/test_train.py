@@ -82,6 +82,8 @@ from accelerate import PartialState
 r = train(m := model(), dataset(), replace(SETTINGS, per_device_train_batch_size=2, save_steps=2), sys.argv[2], progress=False)
 if PartialState().is_main_process:
     torch.save(dict(world=PartialState().num_processes, losses=losses(r), tokens=r.tokens, weights={n: p.detach() for n, p in m.named_parameters()}), sys.argv[2] + '/seen.pt')
+from pose_nb.engines import leave
+leave(0)
 """
 
 def two_processes(tmp_path):

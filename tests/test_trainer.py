@@ -255,6 +255,8 @@ from test_trainer import losses, trainer, weights
 t = trainer(sys.argv[2], per_device_train_batch_size=2, max_steps=5, ddp_backend='gloo', use_cpu=True)
 t.train()
 if t.is_world_process_zero(): torch.save(dict(world=t.args.world_size, losses=losses(t), weights=weights(t.accelerator.unwrap_model(t.model))), sys.argv[2] + '/seen.pt')
+from pose_nb.engines import leave
+leave(0)
 """
 
 def test_two_processes_train_as_one(tmp_path):
