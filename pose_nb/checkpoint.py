@@ -102,7 +102,7 @@ def verify_checkpoint(
     "Check a checkpoint's files against its manifest. Raises `PoseError` that names the first damaged file."
     path = Path(path)
     manifest = read_json(path/'manifest.json')
-    kinds = dict(step=int, settings=dict, files=dict)
+    kinds = dict(step=int, settings=dict, files=dict, engine=str, processes=int, windows=int)
     check(isinstance(manifest, dict) and all(isinstance(manifest.get(k), t) for k, t in kinds.items()) and manifest['files'] and manifest.get('sha256') == _fingerprint(manifest), f"{path}/manifest.json is not a checkpoint's manifest; resume from another checkpoint or start again in a new output directory.")
     for name, (size, digest) in manifest['files'].items():
         f = path/name

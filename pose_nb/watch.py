@@ -7,7 +7,7 @@ __all__ = ['PEAK', 'BEST', 'Seen', 'Shape', 'shape_of', 'window_flops', 'peak_fl
            'Monitor', 'keep_best', 'load_best', 'plot_watch']
 
 # %% ../nbs/06d_watch.ipynb #890dd6f2
-import contextlib, hashlib, math, os, shutil, warnings
+import hashlib, math, os, re, shutil, warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,7 +97,7 @@ PEAK = {'H200': 989e12, 'H100': 989e12, 'GH200': 989e12, 'B200': 2250e12, 'A100'
 def peak_flops()->float: # Floating-point operations per second of one GPU; 0 where unknown
     "What the makers' data sheets promise for dense bf16 matrix products on the GPU found here."
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ''
-    return next((v for k, v in PEAK.items() if k in name), 0.)
+    return next((v for k, v in PEAK.items() if re.search(rf'\b{k}\b', name)), 0.)       # whole words: an L40 is no L4
 
 # %% ../nbs/06d_watch.ipynb #274d97ea
 class Exam:

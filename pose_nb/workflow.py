@@ -185,7 +185,7 @@ def _resume_plan(out, plan):
     "Compare a plan with the one the folder was started with."
     old = read_record(out).get('plan')
     check(old, f"{out} holds no run to resume (no plan in pose_nb.json); start without --resume-from-checkpoint.")
-    changed = [f"{k} was {old.get(k)} and is now {v}" for k, v in plan.items() if old.get(k) != v]
+    changed = [f"{k} was {old.get(k)} and is now {plan.get(k)}" for k in old | plan if old.get(k) != plan.get(k)]
     check(not changed, f"{out} was started with another plan ({'; '.join(changed)}); resume with the same arguments or choose a new --output-dir.")
 
 def _resume_from(out, plan, checkpoint, settings, data_key):

@@ -288,3 +288,19 @@ def test_the_reason_is_told_where_a_folder_cannot_be_removed(checkpoint, files, 
     from pathlib import Path
     monkeypatch.setattr(Path, 'rmdir', lambda p: (_ for _ in ()).throw(PermissionError(13, 'Permission denied', str(p))))
     refused(cli(*words(checkpoint(), files, tmp_path/'o', '--eval-steps', '2')), 'name them with --eval-data')
+
+
+def test_resuming_without_an_option_of_the_plan_is_refused(checkpoint, corpus, cli, tmp_path):
+    words = extend_args(checkpoint(), corpus.jsonl, tmp_path/'out', max_steps=4, save_steps=1)
+    assert cli(*words, '--lora-r', '2').code == 0
+    r = cli(*words, '--resume-from-checkpoint')
+    assert r.code == 2 and 'another plan' in r.err and 'lora was' in r.err and 'Traceback' not in r.err, r.err
+
+
+def test_only_whole_words_name_a_gpu(monkeypatch):
+    import torch
+    from pose_nb.watch import PEAK, peak_flops
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    for name, want in {'NVIDIA H100 80GB HBM3': PEAK['H100'], 'NVIDIA A100-SXM4-80GB': PEAK['A100'], 'NVIDIA L40': 0., 'NVIDIA L40S': PEAK['L40S'], 'NVIDIA GeForce RTX 4090': PEAK['RTX 4090']}.items():
+        monkeypatch.setattr(torch.cuda, 'get_device_name', lambda name=name: name)
+        assert peak_flops() == want, name
