@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['leave', 'join', 'engine', 'make_accelerator', 'check_tracker', 'start_trackers', 'any_process', 'on_main',
-           'plain_model']
+           'shared_map', 'plain_model']
 
 # %% ../nbs/06a_engines.ipynb #a2d68b35
 import atexit, os, sys
@@ -14,7 +14,7 @@ import torch, torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, LoggerType, broadcast_object_list
+from accelerate.utils import DistributedType, LoggerType, broadcast_object_list, gather_object
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from .common import PoseError, check
@@ -110,6 +110,23 @@ def on_main(
     error = PoseError(value)
     error.told = not state.is_main_process          # the first process says it for all
     raise error
+
+# %% ../nbs/06a_engines.ipynb #a8edfd17
+def shared_map(
+    f,      # A function of one item; what it returns must pickle
+    items,  # The pieces of work, the same list on every process
+)->list: # `f(item)` for every item, in order, on every process
+    "Deal the items out to the processes of this run. A `PoseError` in one of them reaches all."
+    state, items = join(), list(items)
+    if state.num_processes == 1: return [f(x) for x in items]
+    mine, failed = [], None
+    for i in range(state.process_index, len(items), state.num_processes):
+        try: mine.append((i, f(items[i])))
+        except PoseError as e: failed = str(e); break
+    parts = gather_object([(mine, failed)])
+    failed = next((m for _, m in parts if m), None)
+    if failed: error = PoseError(failed); error.told = not state.is_main_process; raise error
+    return [r for _, r in sorted((p for part, _ in parts for p in part), key=lambda p: p[0])]
 
 # %% ../nbs/06a_engines.ipynb #75b7d997
 def plain_model(
