@@ -47,6 +47,7 @@ class Task:
     "A kind of question. A subclass says how a prompt is made; it may say how a reply is marked."
     new_tokens:int=10  # Tokens the model may write
     name = 'task'      # What results call it
+    label = 'mean mark' # What the axis of a plot says
     def prompt(self,
         tokenizer,                # A Hugging Face tokenizer
         length:int,               # Tokens of prompt and reply together
@@ -363,7 +364,7 @@ class Answers:
         "Accuracy over length with intervals; keywords go to `length_plot`."
         kw['ax'] = kw.get('ax') or plt.subplots()[1]
         kw['ax'].set_ylim(-.02, 1.02)
-        return length_plot({name: self.accuracy}, **dict(ylabel=f'{self.task.name}: mean mark', intervals={name: self.intervals}) | kw)
+        return length_plot({name: self.accuracy}, **dict(ylabel=self.task.label, intervals={name: self.intervals}) | kw)
 
 def reach(
     accuracy:dict,        # {length: accuracy in [0, 1]}, lengths increasing

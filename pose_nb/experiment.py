@@ -34,7 +34,7 @@ def _measure(net, tokenizer, trials, documents, seed):
     "Perplexity per length, and [length, depth, found] per key."
     ppl, keys = _demo_scores(net, tokenizer, _demo_documents(tokenizer, documents, 2560, False), trials, seed, False)
     return dict(ppl={str(r.length): r.ppl for r in ppl.rows}, scored=ppl.rows[-1].scored,
-                keys=[[t['length'], t['before'] / max(t['units'], 1), bool(t['right'])] for t in keys.trials])
+                keys=[[t['length'], t['before'] / max(t['units'], 1), t['mark'] == 1] for t in keys.trials])
 
 def run_arm(
     arm:dict,            # Arguments of `extend`, such as {"sampler": "cream"}; they replace the demo's

@@ -4,23 +4,18 @@
 
 # %% auto #0
 __all__ = ['TASK', 'GARBAGE', 'INFO', 'QUESTION', 'PIECES', 'passkey_text', 'answer_tokens', 'PasskeyPrompt', 'passkey_prompt',
-           'trial_rng', 'draw_key', 'first_number', 'prefill', 'continue_greedy', 'score_answers', 'wilson',
-           'PasskeyRow', 'PasskeyResult', 'play_batch', 'passkey_trials', 'passkey', 'depth_plot']
+           'draw_key', 'first_number', 'Passkey', 'passkey']
 
 # %% ../nbs/08_retrieval.ipynb #71fa34f9
-import copy, re
-from dataclasses import dataclass, field, fields
-from itertools import groupby
+import re
+from dataclasses import dataclass
 
-import numpy as np, torch, torch.nn.functional as F
-from matplotlib import pyplot as plt
-from scipy.stats import binomtest
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+import numpy as np
 
+from .answers import Answers, Prompt, Reader, Task, depth_plot, make_trials, retrieve, trial_rng, wilson
 from .common import check
-from .perplexity import _bar, _integer, _length_dependent, check_lengths, evaluating
-from .plots import length_plot, table, token_label
+from .perplexity import _integer
+from .plots import table
 
 # %% ../nbs/08_retrieval.ipynb #bd156f4b
 TASK = "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. I will quiz you about the important information there."
@@ -97,14 +92,6 @@ def passkey_prompt(
     return PasskeyPrompt(passkey_text(key, before, after), ids(p), key, answer_tokens(tokenizer, key), units, n)
 
 # %% ../nbs/08_retrieval.ipynb #ac724dce
-def trial_rng(
-    seed:int,    # Seed of the experiment, at least 0
-    length:int,  # Length in tokens
-    trial:int,   # Number of the trial, from 0
-)->np.random.Generator:
-    "The randomness of one trial: a counter-based generator keyed by seed, length and trial."
-    return np.random.Generator(np.random.Philox(key=np.array([seed, (length << 32) + trial], dtype=np.uint64)))
-
 def draw_key(
     rng:np.random.Generator,  # The trial's randomness
     digits:int=None,          # Digits of the key; None draws from 1 to 50,000
@@ -120,233 +107,37 @@ def first_number(
     found = re.search(r'\d+', reply)
     return int(found.group()) if found else None
 
-# %% ../nbs/08_retrieval.ipynb #e26ebae3
-def _read(model, ids, start, cache, keep=0):
-    "Float32 logits of the last `keep` tokens (0: all) of `ids`, which stand at positions `start`, ...; `cache` holds those before."
-    end = start + ids.shape[1]
-    at = torch.arange(start, end, device=ids.device).expand(len(ids), -1)
-    return model(ids, attention_mask=ids.new_ones(len(ids), end), position_ids=at, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits.float()
-
-def prefill(
-    model,             # A Hugging Face causal language model
-    ids:torch.Tensor,  # int64, shape (batch, time): prompts of equal length
-    chunk:int=2048,    # Tokens per row and forward pass
-)->tuple: # (logits of the next token, float32 (batch, vocabulary); the cache)
-    "Read prompts in pieces and keep their keys and values."
-    cache, n = DynamicCache(config=model.config), ids.shape[1]
-    step = n if _length_dependent(model.config) else chunk
-    for i in range(0, n, step): logits = _read(model, ids[:, i:i + step], i, cache, keep=1)
-    return logits[:, -1], cache
-
-def continue_greedy(
-    model,                # A Hugging Face causal language model
-    logits:torch.Tensor,  # float32, shape (batch, vocabulary): next-token logits of `prefill`
-    start:int,            # Tokens in the cache
-    cache,                # The cache of `prefill`; it grows
-    new_tokens:int=10,    # Tokens to write
-)->torch.Tensor: # int64, shape (batch, new_tokens)
-    "The most probable continuation, token by token."
-    out = [logits.argmax(-1)]
-    for t in range(new_tokens - 1): out.append(_read(model, out[-1][:, None], start + t, cache, keep=1)[:, -1].argmax(-1))
-    return torch.stack(out, 1)
-
-# %% ../nbs/08_retrieval.ipynb #bb16231c
-def score_answers(
-    model,                # A Hugging Face causal language model
-    logits:torch.Tensor,  # float32, shape (batch, vocabulary): next-token logits of `prefill`
-    start:int,            # Tokens in the cache
-    cache,                # The cache of `prefill`; left as it was
-    answers:list,         # Token ids of the right answer, one list per row
-)->tuple: # (mean NLL per answer token, float64 (batch,); every token the model's first choice, bool (batch,))
-    "Teacher-forced score of each answer. Shorter answers are padded on the right, where padding cannot be seen."
-    width = max(map(len, answers))
-    ids = torch.tensor([a + [0] * (width - len(a)) for a in answers], device=logits.device)
-    mask = torch.arange(width, device=logits.device) < torch.tensor([[len(a)] for a in answers], device=logits.device)
-    plain = all(type(layer) is DynamicLayer for layer in cache.layers)
-    rest = [_read(model, ids[:, :-1], start, cache if plain else copy.deepcopy(cache))] if width > 1 else []
-    if plain: cache.crop(-(width - 1))
-    logits = torch.cat([logits[:, None], *rest], 1)
-    nll = F.cross_entropy(logits.transpose(1, 2), ids, reduction='none').cpu().double() * mask.cpu()
-    return nll.sum(1) / mask.sum(1).cpu(), ((logits.argmax(-1) == ids) | ~mask).all(1).cpu()
-
-# %% ../nbs/08_retrieval.ipynb #b0c40095
-def wilson(
-    correct:int,  # Successes
-    trials:int,   # Trials, at least 1
-)->tuple: # (low, high), 95%
-    "Wilson's 95% interval for a share."
-    ci = binomtest(correct, trials).proportion_ci(method='wilson')
-    return float(ci.low), float(ci.high)
-
-# %% ../nbs/08_retrieval.ipynb #36fd9c6c
+# %% ../nbs/08_retrieval.ipynb #0a667d31
 @dataclass(frozen=True)
-class PasskeyRow:
-    "Passkey accuracy at one length and depth, with what is needed to repeat and to judge it."
-    length:int           # Tokens of prompt and reply together
-    depth:float|None     # Where the key is; None for uniform draws
-    trials:int           # Prompts
-    correct:int          # Replies whose first number is the key
-    accuracy:float       # correct / trials
-    interval:tuple       # Wilson's 95% interval of `accuracy`
-    nll:float            # Mean NLL per token of the right answer, nats, averaged over trials
-    forced:float         # Share of trials where every answer token is the model's first choice
-    prompt_min:int       # Tokens of the shortest prompt, BOS included
-    prompt_max:int       # Tokens of the longest prompt
-    seed:int             # Seed of keys and uniform depths
-    digits:int|None      # Digits of the keys; None for 1..50000
-    bos:int|None         # BOS token id; None for none
-    new_tokens:int       # Tokens the model may write
-    wrong:list           # Up to three wrong answers: dicts of key and reply
-
-    def to_dict(self): return {f.name: getattr(self, f.name) for f in fields(self)}
-
-# %% ../nbs/08_retrieval.ipynb #9e3d06f0
-@dataclass(frozen=True)
-class PasskeyResult:
-    "Passkey retrieval over lengths and depths."
-    rows:list                     # `PasskeyRow` per length and depth
-    trials:list=field(repr=False) # One dict per prompt: length, depth, trial, key, units, before, tokens, reply, right, nll, forced
-
-    def _pooled(self):
-        groups = groupby(self.rows, key=lambda r: r.length)
-        return {n: tuple(map(sum, zip(*((r.correct, r.trials) for r in g)))) for n, g in groups}
-    @property
-    def accuracy(self): return {n: c / t for n, (c, t) in self._pooled().items()}
-    @property
-    def intervals(self): return {n: wilson(c, t) for n, (c, t) in self._pooled().items()}
-    def reach(self, at_least=.2):
-        "The longest length up to which accuracy is at least `at_least` everywhere; 0 if nowhere."
-        best = 0
-        for n, a in self.accuracy.items():
-            if a < at_least: break
-            best = n
-        return best
-    def to_dict(self): return dict(task='passkey', rows=[r.to_dict() for r in self.rows])
-    def table(self):
-        keys = ('length', 'depth', 'trials', 'correct', 'accuracy', 'nll', 'forced', 'prompt_min', 'prompt_max')
-        return table([{k: 'uniform' if k == 'depth' and r.depth is None else getattr(r, k) for k in keys} | dict(low=r.interval[0], high=r.interval[1]) for r in self.rows])
-    def plot(self, name='model', **kw):
-        "Accuracy over length with intervals; keywords go to `length_plot`."
-        kw['ax'] = kw.get('ax') or plt.subplots()[1]
-        kw['ax'].set_ylim(-.02, 1.02)
-        return length_plot({name: self.accuracy}, ylabel='passkeys found', intervals={name: self.intervals}, **kw)
-
-# %% ../nbs/08_retrieval.ipynb #d25b5948
-def play_batch(
-    model,             # A Hugging Face causal language model
-    tokenizer,         # Its tokenizer
-    prompts:list,      # `PasskeyPrompt`s of equal token count
-    new_tokens:int=10, # Tokens to write
-    chunk:int=2048,    # Tokens per row and forward pass
-)->list: # One dict per prompt: reply, right, nll, forced
-    "Replies and scores of one batch of prompts."
-    ids = torch.tensor([p.ids for p in prompts], device=next(model.parameters()).device)
-    logits, cache = prefill(model, ids, chunk)
-    check(torch.isfinite(logits).all().item(), f"the model's logits are not finite numbers at {ids.shape[1]} tokens; load it in bfloat16 or float32, and check its weights.")
-    nll, forced = score_answers(model, logits, ids.shape[1], cache, [p.answer for p in prompts])
-    new, out = continue_greedy(model, logits, ids.shape[1], cache, new_tokens).tolist(), []
-    for p, tokens, n, f in zip(prompts, new, nll.tolist(), forced.tolist()):
-        if tokenizer.eos_token_id in tokens: tokens = tokens[:tokens.index(tokenizer.eos_token_id)]    # what follows the end does not count
-        reply = tokenizer.decode(tokens, skip_special_tokens=True)
-        out.append(dict(reply=reply, right=first_number(reply) == p.key, nll=n, forced=f))
-    return out
-
-# %% ../nbs/08_retrieval.ipynb #6be6a9e1
-def passkey_trials(
-    tokenizer,          # A Hugging Face tokenizer
-    lengths,            # Tokens of prompt and reply together; one or several, increasing
-    depths=None,        # Depths from 0 to 1, increasing; None draws one per trial
-    trials:int=50,      # Prompts per length and depth
-    seed:int=0,         # Seed of keys and uniform depths
-    digits:int=None,    # Digits of the keys, 1 to 9; None draws from 1 to 50,000
-    bos:int=None,       # BOS token id; None for none
-    new_tokens:int=10,  # Tokens kept free for the reply
-)->list: # One dict per prompt: length, depth, trial, prompt
-    "Every prompt of a passkey experiment. Raises `PoseError` for lengths too short for the fixed parts."
-    top = 50_000 if digits is None else 10**digits - 1
-    least = len(_encode(tokenizer, passkey_text(top, '', ''))) + (bos is not None) + new_tokens
-    check(lengths[0] >= least, f"length {lengths[0]} is too short for the passkey test: with this tokenizer the fixed parts and {new_tokens} new tokens take {least}; use lengths of at least {least}.")
-    out = []
-    for n in lengths:
-        for depth in depths or (None,):
-            for t in range(trials):
-                rng = trial_rng(seed, n, t)
-                key, u = draw_key(rng, digits), rng.random()
-                p = passkey_prompt(tokenizer, n - new_tokens, key, u if depth is None else depth, bos, uniform=depth is None)
-                out.append(dict(length=n, depth=depth, trial=t, prompt=p))
-    width = max(len(o['prompt'].answer) for o in out)
-    check(width <= new_tokens, f"new_tokens {new_tokens} is too few for an answer of {width} tokens; use at least {width}.")
-    return out
-
-# %% ../nbs/08_retrieval.ipynb #6c755374
-def _check_depths(depths):
-    if depths is None: return None
-    try: depths = tuple(map(float, np.atleast_1d(depths)))
-    except (TypeError, ValueError): depths = ()
-    check(depths and all(0 <= d <= 1 for d in depths) and list(depths) == sorted(set(depths)), "depths must be increasing numbers from 0 (start) to 1 (end), such as (0, 0.5, 1); None draws them uniformly.")
-    return depths
-
-def _tokenizer_bos(tokenizer, bos):
-    if bos is False: return None
-    if bos is not None and bos is not True: return _integer(bos, 'bos', 0)
-    check(tokenizer.bos_token_id is not None or bos is None, "bos=True, but this tokenizer has no BOS token; pass the id of a token, or bos=False.")
-    return tokenizer.bos_token_id
-
-def _passkey_row(trials, **protocol):
-    "A `PasskeyRow` from the trials of one length and depth."
-    correct, n, tokens = sum(t['right'] for t in trials), len(trials), [t['tokens'] for t in trials]
-    return PasskeyRow(length=trials[0]['length'], depth=trials[0]['depth'], trials=n, correct=correct, accuracy=correct / n, interval=wilson(correct, n),
-                      nll=float(np.mean([t['nll'] for t in trials])), forced=float(np.mean([t['forced'] for t in trials])), prompt_min=min(tokens),
-                      prompt_max=max(tokens), wrong=[dict(key=t['key'], reply=t['reply']) for t in trials if not t['right']][:3], **protocol)
+class Passkey(Task):
+    "A number hidden in garbage (Mohtashami and Jaggi 2023; PoSE `eval_passkey.py`). Raises `PoseError` for impossible digits."
+    digits:int|None=None  # Digits of the keys, 1 to 9; None draws from 1 to 50,000
+    name, label = 'passkey', 'passkeys found'
+    def __post_init__(self): check(self.digits is None or _integer(self.digits, 'digits') <= 9, f"digits is {self.digits}; use 1 to 9, or None for keys from 1 to 50000.")
+    def least(self, tokenizer, bos):
+        "Tokens of the shortest prompt and reply."
+        return len(_encode(tokenizer, passkey_text(50_000 if self.digits is None else 10**self.digits - 1, '', ''))) + (bos is not None) + self.new_tokens
+    def prompt(self, tokenizer, length, depth, rng, bos):
+        least = self.least(tokenizer, bos)
+        check(length >= least, f"length {length} is too short for the passkey test: with this tokenizer the fixed parts and {self.new_tokens} new tokens take {least}; use lengths of at least {least}.")
+        key, u = draw_key(rng, self.digits), rng.random()
+        p = passkey_prompt(tokenizer, length - self.new_tokens, key, u if depth is None else depth, bos, uniform=depth is None)
+        return Prompt(p.ids, p.answer, [str(key)], dict(key=key, units=p.units, before=p.before))
+    def mark(self, reply, prompt): return float(first_number(reply) == prompt.facts['key'])
+    def finished(self, reply, prompt): return bool(re.search(r'\d\D', reply))
 
 # %% ../nbs/08_retrieval.ipynb #119e89ff
 def passkey(
-    model,                    # A Hugging Face causal language model, any device and dtype
-    tokenizer,                # Its tokenizer
-    lengths=(2048,),          # Tokens of prompt and reply together; one or several, increasing
-    depths=None,              # Depths from 0 to 1, increasing; None draws one per trial
-    trials:int=50,            # Prompts per length and depth
-    seed:int=0,               # Seed of keys and uniform depths, at least 0
-    digits:int=None,          # Digits of the keys, 1 to 9; None draws from 1 to 50,000
-    bos:int|bool=None,        # BOS token id; None takes the tokenizer's if it has one, False none
-    new_tokens:int=10,        # Tokens the model may write
-    batch_tokens:int=16_384,  # Prompt tokens read together; a longer prompt is read alone
-    chunk:int=2048,           # Tokens per row and forward pass
-    progress:bool=None,       # Show a progress bar; None does on a terminal
-)->PasskeyResult: # One row per length and depth
+    model,                  # A Hugging Face causal language model, any device and dtype
+    tokenizer,              # Its tokenizer
+    lengths=(2048,),        # Tokens of prompt and reply together; one or several, increasing
+    depths=None,            # Depths from 0 to 1, increasing; None draws one per trial
+    trials:int=50,          # Prompts per length and depth
+    seed:int=0,             # Seed of keys and uniform depths, at least 0
+    digits:int=None,        # Digits of the keys, 1 to 9; None draws from 1 to 50,000
+    bos:int|bool=None,      # BOS token id; None takes the tokenizer's if it has one, False none
+    new_tokens:int=10,      # Tokens the model may write
+    **kwargs,               # `batch_tokens`, `chunk`, `shared`, `progress` of `retrieve`
+)->Answers: # One row per length and depth
     "Passkey retrieval with greedy decoding (Mohtashami and Jaggi 2023; PoSE `eval_passkey.py`). Raises `PoseError` for requests that cannot be met."
-    lengths, depths, bos = check_lengths(lengths), _check_depths(depths), _tokenizer_bos(tokenizer, bos)
-    for value, what in ((trials, 'trials'), (new_tokens, 'new_tokens'), (batch_tokens, 'batch_tokens'), (chunk, 'chunk')): _integer(value, what)
-    check(_integer(seed, 'seed', 0) < 2**64, f"seed {seed} is too large; use one below 2**64.")
-    check(digits is None or _integer(digits, 'digits') <= 9, f"digits is {digits}; use 1 to 9, or None for keys from 1 to 50000.")
-    protocol = dict(seed=int(seed), digits=digits, bos=bos, new_tokens=new_tokens)
-    plan = passkey_trials(tokenizer, lengths, depths, trials, **protocol)
-    vocab, top = model.config.get_text_config().vocab_size, max(max(t['prompt'].ids) for t in plan)
-    check(top < vocab, f"the tokenizer gives token id {top}, but the model knows 0 to {vocab - 1}; use the tokenizer of this model.")
-    size = lambda t: len(t['prompt'].ids)
-    with evaluating(model), _bar(sum(map(size, plan)), 'passkey', progress) as bar:
-        for n, group in groupby(sorted(plan, key=size), key=size):
-            group, rows = list(group), max(1, batch_tokens // n)
-            for batch in (group[i:i + rows] for i in range(0, len(group), rows)):
-                for t, played in zip(batch, play_batch(model, tokenizer, [t['prompt'] for t in batch], new_tokens, chunk)):
-                    p = t.pop('prompt'); t.update(key=p.key, units=p.units, before=p.before, tokens=n, **played)
-                bar.update(n * len(batch))
-    rows = [_passkey_row(list(g), **protocol) for _, g in groupby(plan, key=lambda t: (t['length'], t['depth']))]
-    return PasskeyResult(rows, plan)
-
-# %% ../nbs/08_retrieval.ipynb #057d492b
-def depth_plot(
-    result:PasskeyResult,  # A result with depths
-    ax=None,               # Axis to draw on; None makes a figure
-): # The matplotlib axis
-    "Accuracy as a map: length across, depth down. Raises `PoseError` for a result without depths."
-    check(all(r.depth is not None for r in result.rows), "this result has uniform depths, so there is no map to draw; run passkey with depths=(0, 0.25, 0.5, 0.75, 1).")
-    lengths, depths = (sorted({getattr(r, k) for r in result.rows}) for k in ('length', 'depth'))
-    grid = np.array([[next(r.accuracy for r in result.rows if (r.length, r.depth) == (n, d)) for n in lengths] for d in depths])
-    ax = ax or plt.subplots()[1]
-    ax.pcolormesh(grid, cmap='RdYlBu', vmin=0, vmax=1, edgecolor='white', linewidth=1.5)
-    for (i, j), a in np.ndenumerate(grid): ax.text(j + .5, i + .5, f'{a:.0%}', ha='center', va='center', color='white' if a < .15 or a > .85 else 'black')
-    ax.set(xticks=np.arange(len(lengths)) + .5, xticklabels=map(token_label, lengths), yticks=np.arange(len(depths)) + .5,
-           yticklabels=[f'{d:g}' for d in depths], xlabel='length, tokens', ylabel='depth of the key')
-    ax.invert_yaxis(); ax.grid(False); ax.tick_params(length=0)
-    return ax
+    return retrieve(model, tokenizer, Passkey(_integer(new_tokens, 'new_tokens'), digits), lengths, depths, trials, seed, bos, **kwargs)
