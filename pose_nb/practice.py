@@ -9,7 +9,8 @@ __all__ = ['digit_string', 'practice_key', 'PasskeyDocuments', 'random_text', 'C
 import numpy as np
 
 from .common import check
-from .retrieval import GARBAGE, INFO, QUESTION, TASK, _encode, _tokenizer_bos, draw_key
+from .answers import _tokenizer_bos
+from .retrieval import GARBAGE, INFO, QUESTION, TASK, _encode, draw_key
 
 # %% ../nbs/08b_practice.ipynb #7312c640
 def digit_string(
