@@ -28,6 +28,7 @@ from .lora import *
 from .short import *
 from .train import *
 from .perplexity import *
+from .answers import *
 from .retrieval import *
 from .practice import *
 from .watch import *
@@ -35,6 +36,7 @@ from .trainer import *
 from .export import *
 from .doctor import *
 from .workflow import *
+from .evaluate import *
 from .plan import *
 from .experiment import *
 

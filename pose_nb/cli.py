@@ -74,8 +74,8 @@ VERBS = {('demo',): ('workflow.demo', 'the whole story, offline, on a CPU, in mi
          ('extend',): ('workflow.extend', "extend a model's context window"),
          ('patch',): ('workflow.patch_model', 'another rotation without training; weights are linked'),
          ('doctor',): ('workflow.doctor', 'will it load, and rotate the same, elsewhere?'),
-         ('eval', 'ppl'): ('workflow.eval_ppl', 'perplexity at several lengths'),
-         ('eval', 'passkey'): ('workflow.eval_passkey', 'find a number hidden far away'),
+         ('eval', 'ppl'): ('evaluate.eval_ppl', 'perplexity at several lengths'),
+         ('eval', 'passkey'): ('evaluate.eval_passkey', 'find a number hidden far away'),
          ('coverage',): ('workflow.coverage_report', 'which relative distances training meets')}
 
 def usage()->str: # The text of `pose_nb --help`

@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['DEMO_TARGET', 'DEMO_LENGTHS', 'DEMO', 'DEMO_MIX', 'plan_extension', 'make_scaling', 'make_sampler', 'bos_id',
-           'make_dataset', 'run_data', 'extend', 'save_figure', 'describe_run', 'patch_model', 'default_lengths',
-           'heldout_texts', 'eval_ppl', 'eval_passkey', 'coverage_report', 'demo_variants', 'demo', 'demo_rows',
-           'demo_plots']
+           'make_dataset', 'run_data', 'extend', 'save_figure', 'describe_run', 'patch_model', 'lengths_between',
+           'heldout_texts', 'coverage_report', 'demo_variants', 'demo', 'demo_rows', 'demo_plots']
 
 # %% ../nbs/10b_workflow.ipynb #0fbec6f7
 import contextlib, fcntl, os, shutil, sys, time, warnings
@@ -504,14 +503,14 @@ def patch_model(
     return read_record(out) | dict(text=text)
 
 # %% ../nbs/10b_workflow.ipynb #3b9494cb
-def default_lengths(
-    model,  # A transformers model
-)->list: # Tokens: original window, doubled up to the claimed length
+def lengths_between(
+    original:int,  # First length, in tokens
+    length:int,    # Last length, in tokens
+)->list: # Tokens: the first, doubled up to the last
     "The lengths an evaluation looks at unless told otherwise."
-    info = rope_info(model)
-    n, lengths = info.original, []
-    while n < info.length: lengths.append(n); n *= 2
-    return lengths + [info.length]
+    n, lengths = original, []
+    while n < length: lengths.append(n); n *= 2
+    return lengths + [length]
 
 def _save_eval(folder, name, title, rows, protocol, ax):
     "Write `eval/<name>.json` and figure; refresh the model card if the folder is a result of this package."
@@ -522,12 +521,6 @@ def _save_eval(folder, name, title, rows, protocol, ax):
     return out/f'{name}.json'
 
 # %% ../nbs/10b_workflow.ipynb #a5d2825a
-def _evaluated(dirs, attn_implementation, trust_remote_code=False):
-    "Load models one after the other: (name, model, tokenizer) for each folder or id."
-    for d in dirs:
-        name = Path(str(d)).resolve().name if Path(str(d)).exists() else str(d)
-        yield name, load_model(d, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code), load_tokenizer(d, trust_remote_code)
-
 def heldout_texts(
     data,                   # Path, dataset id, or "stdlib" for the held-out files of the embedded default
     text_field:str='text',  # Field with the text in structured data
@@ -535,72 +528,6 @@ def heldout_texts(
     "The documents that an evaluation reads."
     if data == 'stdlib' and not Path('stdlib').exists(): return list(stdlib_documents('heldout').values())
     return list(read_documents(data, text_field))
-
-def eval_ppl(
-    model,                        # Checkpoint folder or hub id
-    data='stdlib',                # Documents the model was not trained on: path, dataset id, or "stdlib" for held-out standard-library files
-    lengths:list=None,            # Tokens, such as 256,512,1k; None: original window doubled up to the claimed length
-    stride:int=None,              # Tokens the window moves; None: half of each length
-    documents:int=None,           # Use only this many documents
-    max_tokens:int=None,          # Use only this many tokens of each document
-    bos:bool=None,                # Start windows with BOS: True, False, or None for what the tokenizer does
-    compare:str=None,             # A second checkpoint to put beside the first
-    text_field:str='text',        # Field with the text in structured data
-    output_dir:str=None,          # Where `eval/ppl.json` and figure go; None: the model's folder if it is one
-    attn_implementation:str=None, # sdpa, eager, flash_attention_2
-    progress:bool=True,           # Show progress bars
-)->dict: # rows, protocol and a text table
-    "Sliding-window perplexity at several lengths. Raises `PoseError` for requests that cannot be met."
-    rows, texts = [], None
-    check(documents is None or documents >= 1, f"documents is {documents}; it must be at least 1.")
-    for name, net, tok in _evaluated([model] + [compare] * bool(compare), attn_implementation):
-        texts = texts or heldout_texts(data, text_field)
-        lengths = lengths or default_lengths(net)
-        store = tokenize(texts, tok, progress=progress)
-        docs = [store[i] for i in range(len(store)) if len(store[i]) >= max(lengths)][:documents]
-        check(docs, f"no document has {max(lengths)} tokens (the longest has {store.lengths.max()}); use longer documents or shorter --lengths.")
-        r = perplexity(net, docs, lengths, stride, _bos_for_eval(tok, bos), max_tokens, progress=progress)
-        rows += [dict(model=name, length=x.length, ppl=x.ppl, stride=x.stride, bos=x.bos, documents=x.documents, scored=x.scored) for x in r.rows]
-    return _report('ppl', 'Perplexity', rows, 'Sliding window (Press et al.): each token scored once, weighted equally, with `stride` fresh tokens a window.', 'ppl', 'perplexity', model, output_dir)
-
-def _bos_for_eval(tokenizer, bos):
-    "An id, or False for none, as the evaluators want it."
-    i = bos_id(tokenizer, bos)
-    return False if i is None else i
-
-# %% ../nbs/10b_workflow.ipynb #c37210fd
-def eval_passkey(
-    model,                        # Checkpoint folder or hub id
-    lengths:list=None,            # Tokens of prompt and answer together, such as 256,512,1k; None: original window doubled up to the claimed length
-    trials:int=50,                # Prompts per length
-    depths:list=None,             # Depths in percent, such as 0,50,100; None draws one per trial
-    digits:int=None,              # Digits of the keys; None draws keys from 1 to 50,000 as the released code
-    seed:int=0,                   # Seed of keys and depths
-    bos:bool=None,                # Start prompts with BOS: True, False, or None for what the tokenizer does
-    compare:str=None,             # A second checkpoint to put beside the first
-    output_dir:str=None,          # Where `eval/passkey.json` and figure go; None: the model's folder if it is one
-    attn_implementation:str=None, # sdpa, eager, flash_attention_2
-    progress:bool=True,           # Show progress bars
-)->dict: # rows, protocol and a text table
-    "Passkey retrieval at several lengths. Raises `PoseError` for requests that cannot be met."
-    rows = []
-    for name, net, tok in _evaluated([model] + [compare] * bool(compare), attn_implementation):
-        lengths = lengths or default_lengths(net)
-        r = passkey(net, tok, lengths, [d / 100 for d in depths] if depths else None, trials, seed, digits, _bos_for_eval(tok, bos), progress=progress)
-        rows += [dict(model=name, length=x.length, depth='uniform' if x.depth is None else x.depth, accuracy=x.accuracy, low=x.interval[0], high=x.interval[1], trials=x.trials, nll=x.nll) for x in r.rows]
-    return _report('passkey', 'Passkey retrieval', rows, f'Greedy decoding, first number of at most 10 new tokens, exact match; 95% Wilson intervals; seed {seed}.', 'accuracy', 'passkeys found', model, output_dir)
-
-def _report(name, title, rows, protocol, key, ylabel, model, output_dir):
-    "Save rows and figure where there is a folder for them, and make the text."
-    folder = output_dir or (model if Path(str(model)).is_dir() and Path(str(model)).resolve() != default_base().resolve() else None)
-    result = dict(title=title, rows=rows, protocol=protocol, environment=environment(), text=f'{title}\n{table(rows).to_string(index=False)}\n{protocol}')
-    if folder:
-        use_style()
-        lines = {m: {r['length']: _mean([q[key] for q in rows if q['model'] == m and q['length'] == r['length']]) for r in rows if r['model'] == m} for m in dict.fromkeys(r['model'] for r in rows)}
-        _save_eval(folder, name, title, rows, protocol, length_plot(lines, window=min(r['length'] for r in rows), ylabel=ylabel, log=key == 'ppl'))
-    return result
-
-def _mean(xs): return sum(xs) / len(xs)
 
 # %% ../nbs/10b_workflow.ipynb #13f5a011
 def coverage_report(
