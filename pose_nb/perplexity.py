@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['tokenize_documents', 'windows', 'context_lengths', 'bos_of', 'tokens_per_forward', 'score_window', 'evaluating',
-           'PerplexityRow', 'mean_over_documents', 'PerplexityResult', 'check_lengths', 'perplexity', 'nll_by_position',
-           'position_plot', 'context_perplexity']
+           'readings', 'tokens_read', 'PerplexityRow', 'mean_over_documents', 'PerplexityResult', 'check_lengths',
+           'perplexity', 'pool', 'truncated_perplexity', 'nll_by_position', 'position_plot', 'context_perplexity',
+           'ContextGain', 'context_gain', 'gain_plot', 'reading_flops']
 
 # %% ../nbs/07_perplexity.ipynb #c6e44b25
 import math, operator
@@ -20,6 +21,7 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 from .common import check
+from .engines import join, shared_map
 from .plots import color, length_plot, mark_window, table, token_axis
 
 # %% ../nbs/07_perplexity.ipynb #6d467bdc
@@ -92,24 +94,31 @@ def _length_dependent(config):
     return any(k.get('rope_type') == 'dynamic' or (k.get('rope_type') == 'longrope' and k.get('long_factor') != k.get('short_factor')) for k in kinds)
 
 # %% ../nbs/07_perplexity.ipynb #ceed5c46
+def _scored_at(scored, n):
+    "Indices of the scored tokens of a window of `n`."
+    if np.ndim(scored): at = np.flatnonzero(scored)
+    else: at = np.arange(n - scored, n)
+    check(len(at) > 0 and at[0] > 0 and at[-1] < n, f"scored is {scored}; in windows of {n} tokens 1 to {n - 1} can be scored, because nothing stands before the first.")
+    return at
+
 def score_window(
     model,             # A Hugging Face causal language model
     ids:torch.Tensor,  # int64, shape (batch, time): whole windows, BOS included
-    scored:int,        # Tokens to score at the end of each window, 1 to time - 1
+    scored,            # Tokens to score at the end of each window, 1 to time - 1; or bool, shape (time,): True where a token is scored
     chunk:int=None,    # Tokens per row and forward pass; None reads the window in one
-)->torch.Tensor: # float64, shape (batch, scored), on the CPU: -log p of each scored token
-    "NLL of the last `scored` tokens of each window, reading `chunk` tokens at a time with a key-value cache."
+)->torch.Tensor: # float64, shape (batch, scored tokens), on the CPU: -log p of each scored token
+    "NLL of the scored tokens of each window, reading `chunk` tokens at a time with a key-value cache. Raises `PoseError` if nothing can be scored so."
     n, device = ids.shape[1], next(model.parameters()).device
-    check(1 <= scored < n, f"scored is {scored}; in windows of {n} tokens 1 to {n - 1} can be scored, because nothing stands before the first.")
-    step = n if chunk is None or _length_dependent(model.config) else min(chunk, n)
+    at, step = _scored_at(scored, n), n if chunk is None or _length_dependent(model.config) else min(chunk, n)
     cache, out, ids = (DynamicCache(config=model.config) if step < n else None), [], ids.to(device)
     for i in range(0, n, step):
         j = min(i + step, n)
-        first, last = max(i, n - scored - 1), min(j, n - 1)                   # rows that predict a scored token
-        keep = torch.arange(first - i, max(last, first) - i, device=device)
+        rows = torch.from_numpy(at[(at > i) & (at <= j)] - 1).to(device)          # rows that predict a scored token
         logits = model(ids[:, i:j], attention_mask=torch.ones_like(ids[:, :j]), use_cache=cache is not None, past_key_values=cache,
-                       position_ids=torch.arange(i, j, device=device).expand(len(ids), -1), logits_to_keep=keep).logits
-        if last > first: out.append(F.cross_entropy(logits.float().flatten(0, 1), ids[:, first + 1:last + 1].flatten().to(logits.device), reduction='none').cpu().double().view(len(ids), -1))
+                       position_ids=torch.arange(i, j, device=device).expand(len(ids), -1), logits_to_keep=rows - i).logits
+        if len(rows):
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
+            out.append(F.cross_entropy(logits, ids[:, rows + 1].flatten().to(logits.device), reduction='none').cpu().double().view(len(ids), -1))
     return torch.cat(out, 1)
 
 # %% ../nbs/07_perplexity.ipynb #d8f84611
@@ -126,20 +135,72 @@ def evaluating(
         for m, training in modes: m.training = training
 
 # %% ../nbs/07_perplexity.ipynb #78430ea3
-def _score_jobs(model, documents, jobs, bos, chunk, bar):
-    "NLLs of `jobs` (document, begin, end, scored) as one float64 array per document, NaN where unscored."
-    head, out = [] if bos is None else [bos], [np.full(len(d), np.nan) for d in documents]
-    jobs = [(d, b, e, min(s, e - b - 1 + len(head))) for d, b, e, s in jobs]      # nothing stands before the first token
-    shape = lambda j: (j[2] - j[1], j[3])
-    for (n, scored), group in groupby(sorted((j for j in jobs if j[3]), key=shape), key=shape):
-        group, rows = list(group), max(1, chunk // (n + len(head)))
-        for k in range(0, len(group), rows):
-            batch = group[k:k + rows]
-            ids = torch.from_numpy(np.stack([np.r_[head, documents[d][b:e]].astype(np.int64) for d, b, e, _ in batch]))
-            nll = score_window(model, ids, scored, chunk).numpy()
-            check(np.isfinite(nll).all(), f"document {batch[0][0]} (or one read with it) has a loss that is not a finite number in a window of {ids.shape[1]} tokens; load the model in bfloat16 or float32, and check its weights.")
-            for (d, _, e, s), row in zip(batch, nll): out[d][e - s:e] = row
-            bar.update(ids.numel())
+def readings(
+    plans:list,       # One list of jobs (document, begin, end, scored) per length, as `windows` gives them
+    head:int=1,       # 1 if BOS stands before every window, else 0
+    share:bool=True,  # Read windows with a common beginning once
+)->list: # (document, begin, parts); parts are (plan, low, high): this plan scores the tokens low..high-1 of the reading
+    "What has to be read to serve all plans, each reading as far as its farthest part."
+    out = {}
+    for k, jobs in enumerate(plans):
+        for d, b, e, s in jobs:
+            low = max(e - s - b, 1 - head)                           # nothing stands before the first token of a text
+            if low < e - b: out.setdefault((d, b, None if share else k), []).append((k, low, e - b))
+    return [(d, b, tuple(parts)) for (d, b, _), parts in out.items()]
+
+def _mask(parts, head):
+    "Which tokens of a reading are scored for some plan: bool, shape (BOS and tokens,)."
+    out = np.zeros(head + max(high for *_, high in parts), bool)
+    for _, low, high in parts: out[head + low:head + high] = True
+    return out
+
+def tokens_read(
+    readings:list,  # As `readings` gives them
+    head:int=1,     # 1 if BOS stands before every window, else 0
+)->int: # Tokens, BOS included
+    "How many tokens pass through the model."
+    return sum(head + max(high for *_, high in parts) for *_, parts in readings)
+
+# %% ../nbs/07_perplexity.ipynb #88fd3d94
+def _batches(readings, chunk, head):
+    "Readings of equal shape, as many together as one forward pass holds."
+    size, out = lambda r: head + max(high for *_, high in r[2]), []
+    shape = lambda r: (size(r), r[2])
+    for (n, _), group in groupby(sorted(readings, key=shape), key=shape):
+        group, rows = list(group), max(1, chunk // n)
+        out += [group[k:k + rows] for k in range(0, len(group), rows)]
+    return out
+
+def _read_batch(model, documents, batch, head, chunk):
+    "NLLs of a batch of readings: float64, shape (rows, tokens without BOS), NaN where unscored."
+    scored = _mask(batch[0][2], len(head)); n = len(scored) - len(head)
+    ids = torch.from_numpy(np.stack([np.r_[head, documents[d][b:b + n]].astype(np.int64) for d, b, _ in batch]))
+    nll = score_window(model, ids, scored, chunk).numpy()
+    check(np.isfinite(nll).all(), f"document {batch[0][0]} (or one read with it) has a loss that is not a finite number in a window of {ids.shape[1]} tokens; load the model in bfloat16 or float32, and check its weights.")
+    out = np.full((len(batch), n), np.nan); out[:, scored[len(head):]] = nll
+    return out
+
+# %% ../nbs/07_perplexity.ipynb #60e83cd1
+def _bar(total, what, progress):
+    "A progress bar in tokens; `None` shows it on a terminal only."
+    return tqdm(total=total, desc=what, unit='tok', unit_scale=True, leave=False, disable=None if progress is None else not progress)
+
+def _measure(model, documents, plans, bos, chunk, what, progress, shared=False):
+    "NLLs of every plan, each one float64 array per document, NaN where unscored; the work dealt out to all processes if `shared`."
+    head, processes, quiet = [] if bos is None else [bos], 1, False
+    if shared: state = join(); processes, quiet = state.num_processes, not state.is_main_process
+    todo = readings(plans, len(head), not _length_dependent(model.config))
+    batches, total = _batches(todo, chunk, len(head)), tokens_read(todo, len(head))
+    with evaluating(model), _bar(total, what, False if quiet else progress) as bar:
+        def read(batch):
+            nll = _read_batch(model, documents, batch, head, chunk)
+            bar.update(min(processes * tokens_read(batch, len(head)), total - bar.n))       # the others are about as far
+            return nll
+        found = shared_map(read, batches) if shared else [read(b) for b in batches]
+    out = [[np.full(len(d), np.nan) for d in documents] for _ in plans]
+    for batch, nlls in zip(batches, found):
+        for (d, b, parts), nll in zip(batch, nlls):
+            for k, low, high in parts: out[k][d][b + low:b + high] = nll[low:high]
     return out
 
 # %% ../nbs/07_perplexity.ipynb #1eb91ae3
@@ -147,7 +208,7 @@ def _score_jobs(model, documents, jobs, bos, chunk, bar):
 class PerplexityRow:
     "Perplexity at one length, with what is needed to repeat and to judge it."
     length:int           # Tokens the model reads at once, BOS included
-    stride:int|None      # Tokens the window moves; None where only the last tokens are scored
+    stride:int|None      # Tokens the window moves; None where no window slides
     bos:int|None         # Token id that starts every window; None for none
     documents:int        # Documents measured
     excluded:int         # Documents left out because they are shorter than the longest length
@@ -156,7 +217,7 @@ class PerplexityRow:
     ppl:float            # exp(nll)
     stderr:float|None    # Standard error of `nll` over documents; None for a single document
     interval:tuple|None  # 95% interval of `ppl` over documents
-    protocol:str         # "sliding" or "last tokens"
+    protocol:str         # "sliding", "truncated" or "last tokens"
     token_nll:list=field(default=None, repr=False, compare=False) # float64 (tokens,) per document, NaN where unscored
 
     def to_dict(self):
@@ -243,21 +304,18 @@ def _row(token_nll, **protocol):
     return PerplexityRow(documents=len(token_nll), scored=int(counts.sum()), nll=nll, ppl=exp(nll), stderr=se,
                          interval=ends and tuple(map(exp, ends)), token_nll=token_nll, **protocol)
 
-def _bar(total, what, progress):
-    "A progress bar in tokens; `None` shows it on a terminal only."
-    return tqdm(total=total, desc=what, unit='tok', unit_scale=True, leave=False, disable=None if progress is None else not progress)
-
 # %% ../nbs/07_perplexity.ipynb #baaadcbe
 def perplexity(
     model,                 # A Hugging Face causal language model, any device and dtype
     documents:list,        # One-dimensional integer sequences of token ids, without BOS
     lengths=(2048,),       # Tokens the model reads at once, BOS included; one or several, increasing
-    stride:int=None,       # Tokens the window moves, for every length; None is half of each length
+    stride:int=None,       # Tokens the window moves, the same for every length; None is half of each length
     bos:int|bool=None,     # Token id that starts every window; None takes the model's if it has one, False none
     max_tokens:int=None,   # Read only this many tokens of each document
     keep_short:bool=False, # Also measure documents shorter than the longest length
     chunk:int=None,        # Tokens per forward pass; None chooses by vocabulary size
     progress:bool=None,    # Show a progress bar; None does on a terminal
+    shared:bool=False,     # Deal the work out to the processes of this run; all of them must call, each with the whole model
 )->PerplexityResult: # One row per length
     "Sliding-window perplexity, token-weighted in float64 (Press et al. 2021; PoSE `eval_ppl.py`). Raises `PoseError` for documents or lengths that cannot be measured."
     bos, lengths = bos_of(model, bos), check_lengths(lengths)
@@ -269,28 +327,69 @@ def perplexity(
         check(_integer(max_tokens, 'max_tokens') + head >= lengths[-1], f"max_tokens {max_tokens} is shorter than the longest length {lengths[-1]}; raise it to {lengths[-1] - head}.")
         documents = [d[:max_tokens] for d in documents]
     documents, excluded = _long_enough(documents, lengths[-1], bos, keep_short)
-    rows = []
-    with evaluating(model):
-        for n, s in zip(lengths, strides):
-            jobs = [(i, *w) for i, d in enumerate(documents) for w in windows(len(d), n - head, s)]
-            with _bar(sum(e - b + head for _, b, e, _ in jobs), f'perplexity at {n}', progress) as bar:
-                rows.append(_row(_score_jobs(model, documents, jobs, bos, chunk, bar), length=n, stride=s, bos=bos, excluded=excluded, protocol='sliding'))
-    return PerplexityResult(rows)
+    plans = [[(i, *w) for i, d in enumerate(documents) for w in windows(len(d), n - head, s)] for n, s in zip(lengths, strides)]
+    nlls = _measure(model, documents, plans, bos, chunk, 'perplexity', progress, shared)
+    return PerplexityResult([_row(t, length=n, stride=s, bos=bos, excluded=excluded, protocol='sliding') for n, s, t in zip(lengths, strides, nlls)])
+
+# %% ../nbs/07_perplexity.ipynb #b1cd33a8
+def _protocol(result):
+    "What must agree before numbers may be added up."
+    return [dict(length=r.length, stride=r.stride, bos=r.bos, protocol=r.protocol) | (dict(last=r.scored // r.documents) if r.protocol == 'last tokens' else {}) for r in result.rows]
+
+def pool(
+    results:list,  # `PerplexityResult`s of different documents, measured alike
+)->PerplexityResult: # The result of all documents together
+    "Results measured document by document as one. Raises `PoseError` if their protocols differ or the NLL per token is missing."
+    results = list(results); check(results, "there are no results to pool; pass at least one.")
+    for i, r in enumerate(results):
+        check(_protocol(r) == _protocol(results[0]), f"result {i} was measured with {_protocol(r)}, the first with {_protocol(results[0])}; pool only what was measured alike.")
+        check(all(row.token_nll is not None for row in r.rows), f"result {i} carries no NLL per token (it was read from a file); keep `token_nll` beside each row, or measure again.")
+    return PerplexityResult([_row([t for row in rows for t in row.token_nll], length=rows[0].length, stride=rows[0].stride, bos=rows[0].bos,
+                                  excluded=sum(row.excluded for row in rows), protocol=rows[0].protocol) for rows in zip(*(r.rows for r in results))])
+
+# %% ../nbs/07_perplexity.ipynb #347f5dc6
+def truncated_perplexity(
+    model,                 # A Hugging Face causal language model, any device and dtype
+    documents:list,        # One-dimensional integer sequences of token ids, without BOS
+    lengths=(2048,),       # Tokens that are read of each document, BOS included; one or several, increasing
+    bos:int|bool=None,     # Token id that starts every document; None takes the model's if it has one, False none
+    chunk:int=None,        # Tokens per forward pass; None chooses by vocabulary size
+    progress:bool=None,    # Show a progress bar; None does on a terminal
+    shared:bool=False,     # Deal the work out to the processes of this run; all of them must call, each with the whole model
+)->PerplexityResult: # One row per length; a longer length scores more tokens
+    "Perplexity of each document's first tokens, read in one pass (PoSE, Figure 4; `eval_ppl.py --truncate`). Raises `PoseError` for documents or lengths that cannot be measured."
+    bos, lengths = bos_of(model, bos), check_lengths(lengths)
+    head, chunk = int(bos is not None), tokens_per_forward(model, chunk)
+    documents, excluded = _long_enough(_as_documents(documents, model, bos), lengths[-1], bos, False)
+    plans = [[(i, 0, n - head, n - head) for i in range(len(documents))] for n in lengths]
+    nlls = _measure(model, documents, plans, bos, chunk, 'truncated', progress, shared)
+    return PerplexityResult([_row(t, length=n, stride=None, bos=bos, excluded=excluded, protocol='truncated') for n, t in zip(lengths, nlls)])
 
 # %% ../nbs/07_perplexity.ipynb #1d4fdabf
+def _places(row, n, index):
+    "Index of each of a document's `n` tokens, in what was read before it or in the document."
+    if index == 'document' or row.protocol == 'truncated': return np.arange(n)
+    content = row.length - (row.bos is not None)
+    return context_lengths(n, content, row.stride) if row.stride else np.arange(n) - n + content
+
 def nll_by_position(
     row:PerplexityRow,    # One row of a result
     index:str='window',   # "window": tokens of the document read before the token; "document": its place in the document
     per_octave:int=1,     # Bins per doubling
-)->list: # One dict per bin: position (mean index + 1), tokens, nll
+)->list: # One dict per bin: position (mean index + 1), tokens, nll, its 95% interval low..high over documents (None for a single one)
     "Mean NLL against the token's index, in logarithmic bins. Raises `PoseError` for an unknown index."
     check(index in ('window', 'document'), f"unknown index '{index}'; choose one of: window, document.")
     check(row.token_nll is not None, "this row carries no NLL per token (it was read from a file); measure it again.")
-    place = lambda n: np.arange(n) if index == 'document' or row.stride is None else context_lengths(n, row.length - (row.bos is not None), row.stride)
-    at, nll = np.concatenate([place(len(t)) for t in row.token_nll]) + 1, np.concatenate(row.token_nll)
-    at, nll = at[np.isfinite(nll)], nll[np.isfinite(nll)]
-    bins = np.floor(np.log2(at) * _integer(per_octave, 'per_octave') + 1e-9).astype(int)
-    return [dict(position=float(at[bins == b].mean()), tokens=int((bins == b).sum()), nll=float(nll[bins == b].mean())) for b in np.unique(bins)]
+    scored, per = [np.isfinite(t) for t in row.token_nll], _integer(per_octave, 'per_octave')
+    at = [_places(row, len(t), index)[ok] + 1 for t, ok in zip(row.token_nll, scored)]
+    bins, out = [np.floor(np.log2(a) * per + 1e-9).astype(int) for a in at], []
+    for b in np.unique(np.concatenate(bins)):
+        hit = [h == b for h in bins]; counts = np.array([h.sum() for h in hit]); some = counts > 0
+        sums = np.array([t[ok][h].sum() for t, ok, h in zip(row.token_nll, scored, hit)])
+        nll, _, ends = mean_over_documents(sums[some], counts[some])
+        low, high = ends or (None, None)
+        out.append(dict(position=float(np.concatenate([a[h] for a, h in zip(at, hit)]).mean()), tokens=int(counts.sum()), nll=nll, low=low, high=high))
+    return out
 
 # %% ../nbs/07_perplexity.ipynb #90d5e71b
 def position_plot(
@@ -298,10 +397,14 @@ def position_plot(
     window:int=None,  # Training window in tokens, shaded
     ax=None,          # Axis to draw on; None makes a figure
 ): # The matplotlib axis
-    "Mean NLL against the token's index."
+    "Mean NLL against the token's index; the band is its 95% interval over documents."
     ax = ax or plt.subplots()[1]
     at = [p['position'] for ps in profiles.values() for p in ps]; low, top = min(at), max(at)
-    for name, ps in profiles.items(): ax.plot([p['position'] for p in ps], [p['nll'] for p in ps], 'o-', ms=4, color=color(name), label=name)
+    for name, ps in profiles.items():
+        xs, c = [p['position'] for p in ps], color(name)
+        ax.plot(xs, [p['nll'] for p in ps], 'o-', ms=4, color=c, label=name)
+        known = [(p['position'], p['low'], p['high']) for p in ps if p.get('low') is not None]
+        if known: ax.fill_between(*zip(*known), color=c, alpha=.12, lw=0)
     ax.set(xlabel='index of the token', ylabel='mean NLL, nats')
     token_axis(ax, [2**k for k in range(math.floor(math.log2(low)), math.ceil(math.log2(top)) + 1)], log=True)
     if window: mark_window(ax, window)
@@ -317,16 +420,78 @@ def context_perplexity(
     bos:int|bool=None,   # Token id that starts every window; None takes the model's if it has one, False none
     chunk:int=None,      # Tokens per forward pass; None chooses by vocabulary size
     progress:bool=None,  # Show a progress bar; None does on a terminal
+    shared:bool=False,   # Deal the work out to the processes of this run; all of them must call, each with the whole model
 )->PerplexityResult: # One row per length; the scored tokens are the same in all
     "Perplexity of each document's last tokens, read with more and more context. Raises `PoseError` for documents or lengths that cannot be measured."
     bos, last = bos_of(model, bos), _integer(last, 'last')
     lengths, head, chunk = check_lengths(lengths), int(bos is not None), tokens_per_forward(model, chunk)
     check(last < lengths[0], f"the shortest length {lengths[0]} cannot hold {last} scored tokens and something before them; use last below {lengths[0]}.")
     documents, excluded = _long_enough(_as_documents(documents, model, bos), lengths[-1], bos, False)
-    rows = []
-    with evaluating(model):
-        for n in lengths:
-            jobs = [(i, len(d) - n + head, len(d), last) for i, d in enumerate(documents)]
-            with _bar(n * len(jobs), f'last {last} of {n}', progress) as bar:
-                rows.append(_row(_score_jobs(model, documents, jobs, bos, chunk, bar), length=n, stride=None, bos=bos, excluded=excluded, protocol='last tokens'))
-    return PerplexityResult(rows)
+    plans = [[(i, len(d) - n + head, len(d), last) for i, d in enumerate(documents)] for n in lengths]
+    nlls = _measure(model, documents, plans, bos, chunk, f'last {last} tokens', progress, shared)
+    return PerplexityResult([_row(t, length=n, stride=None, bos=bos, excluded=excluded, protocol='last tokens') for n, t in zip(lengths, nlls)])
+
+# %% ../nbs/07_perplexity.ipynb #6bbc1694
+@dataclass(frozen=True)
+class ContextGain:
+    "What a longer context bought on the same tokens."
+    length:int           # Tokens read in the long case, BOS included
+    against:int          # Tokens read in the short case
+    documents:int        # Documents compared
+    scored:int           # Tokens compared, over all documents
+    gain:float           # NLL with the short context minus NLL with the long one, nats per token; above 0: more context helped
+    stderr:float|None    # Standard error of `gain` over documents, paired; None for a single document
+    interval:tuple|None  # 95% interval of `gain`
+    better:int           # Documents that the longer context helped
+    per_document:list=field(default=None, repr=False, compare=False) # Gain of each document
+
+    def to_dict(self):
+        "The gain for a result file: everything but the documents one by one."
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != 'per_document'}
+
+def context_gain(
+    result:PerplexityResult,  # At least two lengths that score the same tokens, as `context_perplexity` and `perplexity` give them
+    against:int=None,         # The short length; None takes the shortest
+)->list: # One `ContextGain` per longer length
+    "What reading more bought on the same tokens, paired by document. Raises `PoseError` if the lengths score different tokens."
+    short = result[min(result.ppl) if against is None else against]
+    longer = [r for r in result.rows if r.length > short.length]
+    check(longer, f"nothing is longer than {short.length} tokens in this result; measure a short and a long length, such as (512, 8192).")
+    check(all(r.token_nll is not None for r in result.rows), "a row carries no NLL per token (it was read from a file); measure it again.")
+    return [_gain(short, r) for r in longer]
+
+def _gain(short, long):
+    scored = [np.isfinite(t) for t in short.token_nll]
+    check(all(np.array_equal(s, np.isfinite(t)) for s, t in zip(scored, long.token_nll)), f"lengths {short.length} and {long.length} score different tokens, as the protocol '{long.protocol}' does; compare them with context_perplexity or perplexity.")
+    sums, counts = np.array([(a - b)[s].sum() for a, b, s in zip(short.token_nll, long.token_nll, scored)]), np.array([s.sum() for s in scored])
+    gain, se, ends = mean_over_documents(sums, counts)
+    return ContextGain(long.length, short.length, len(sums), int(counts.sum()), gain, se, ends, int((sums > 0).sum()), (sums / counts).tolist())
+
+# %% ../nbs/07_perplexity.ipynb #f3cf2983
+def gain_plot(
+    gains:dict,       # {model name: list of `ContextGain`}
+    window:int=None,  # Training window in tokens, shaded
+    ax=None,          # Axis to draw on; None makes a figure
+): # The matplotlib axis
+    "Gain over length with its 95% interval; at 0 the longer context bought nothing."
+    ax = ax or plt.subplots()[1]
+    ax.axhline(0, color='0.4', lw=1, zorder=1)
+    return length_plot({n: {g.length: g.gain for g in gs} for n, gs in gains.items()}, window, ylabel='gain, nats per token', ax=ax,
+                       intervals={n: {g.length: g.interval or (g.gain, g.gain) for g in gs} for n, gs in gains.items()})
+
+# %% ../nbs/07_perplexity.ipynb #d223752b
+def reading_flops(
+    readings:list,        # As `readings` gives them
+    inner:int,            # Weights in the layers: all but the embedding and the output matrix
+    layers:int,           # Transformer layers
+    width:int,            # Channels: heads times head dimension
+    vocab:int,            # Entries of the vocabulary
+    head:int=1,           # 1 if BOS stands before every window, else 0
+    all_rows:bool=False,  # Compute logits for every token, not only in front of the scored ones
+)->float: # Floating-point operations, matrix products only
+    "Work of reading: `2*inner*n + 2*layers*width*n**2 + 2*width*vocab*rows` for each reading of `n` tokens."
+    total = 0.
+    for *_, parts in readings:
+        scored = _mask(parts, head); n = len(scored)
+        total += 2. * inner * n + 2. * layers * width * n**2 + 2. * width * vocab * (n if all_rows else scored.sum())
+    return total
