@@ -6,7 +6,7 @@
 __all__ = ['TABLE3', 'write_task', 'check_rotation', 'mean_interval', 'ShortRow', 'ShortResult', 'short_tasks', 'paired_interval',
            'ShortDifference', 'ShortComparison', 'compare_short', 'eval_short']
 
-# %% ../nbs/12_harness.ipynb #731f8cf2
+# %% ../nbs/12_harness.ipynb #aaa5adbb
 import copy, difflib, functools, hashlib, importlib.metadata, importlib.util, io, json, logging, math, random, sys
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field, fields
@@ -14,13 +14,13 @@ from pathlib import Path
 
 import numpy as np, torch
 from accelerate import PartialState
-from accelerate.utils import gather, gather_object
+from accelerate.utils import gather_object
 from matplotlib import pyplot as plt
 from packaging.version import Version
 from scipy import stats
 
 from .common import PoseError, check, environment, write_atomic, write_json
-from .engines import join, on_main
+from .engines import join, on_main, shared_map
 from .export import read_record
 from .model import check_frequencies, default_base, load_config, load_model, load_tokenizer, rope_info
 from .perplexity import _integer, _length_dependent, evaluating
@@ -28,7 +28,7 @@ from .plots import color, table, use_style
 from .retrieval import wilson
 from .workflow import _save_eval
 
-# %% ../nbs/12_harness.ipynb #56c7adb8
+# %% ../nbs/12_harness.ipynb #b29c90d5
 TABLE3 = {'boolq':          dict(column='BoolQ',      shots=0,  metric='acc'),
           'piqa':           dict(column='PIQA',       shots=0,  metric='acc'),
           'winogrande':     dict(column='WinoGrande', shots=0,  metric='acc'),
@@ -36,7 +36,7 @@ TABLE3 = {'boolq':          dict(column='BoolQ',      shots=0,  metric='acc'),
           'arc_challenge':  dict(column='ARC-C',      shots=25, metric='acc_norm'),
           'hellaswag':      dict(column='HellaSwag',  shots=10, metric='acc_norm')}
 
-# %% ../nbs/12_harness.ipynb #878c1be0
+# %% ../nbs/12_harness.ipynb #6b8e180f
 _NEEDED = '0.4.13'
 
 def _check_harness():
@@ -44,9 +44,8 @@ def _check_harness():
     check(importlib.util.find_spec('lm_eval'), "lm-evaluation-harness is not installed; install it with: pip install 'pose_nb[eval]'.")
     found = importlib.metadata.version('lm_eval')
     check(Version(found) >= Version(_NEEDED), f"lm_eval {found} is too old; install {_NEEDED} or later with: pip install -U 'pose_nb[eval]'.")
-    return found
 
-# %% ../nbs/12_harness.ipynb #be30094b
+# %% ../nbs/12_harness.ipynb #1efb49b4
 @contextmanager
 def _quiet(progress):
     "Keep the harness from talking: no log lines, nothing on stdout, bars only where they are wanted."
@@ -65,7 +64,7 @@ def _seeded(seed):
         with torch.random.fork_rng(): random.seed(seed); np.random.seed(seed); torch.manual_seed(seed); yield
     finally: random.setstate(python); np.random.set_state(numpy)
 
-# %% ../nbs/12_harness.ipynb #236fae16
+# %% ../nbs/12_harness.ipynb #4d0fcb6b
 def write_task(
     folder:str|Path,  # Where the task goes; give this folder as `include_path`
     name:str,         # Name of the task
@@ -87,8 +86,14 @@ def write_task(
         doc_to_text='{{question}}', doc_to_target='{{answer}}', doc_to_choice='{{choices}}', metadata=dict(version=1),
         metric_list=[dict(metric=m, aggregation='mean', higher_is_better=True) for m in ('acc', 'acc_norm')]))
 
-# %% ../nbs/12_harness.ipynb #680a9e35
+# %% ../nbs/12_harness.ipynb #2a6e64db
 _FOLDERS = ('super_glue', 'piqa', 'winogrande', 'truthfulqa', 'arc', 'hellaswag')    # where the six live
+
+@functools.cache
+def _all_tasks():
+    "The index of everything that comes with the harness."
+    from lm_eval.tasks import TaskManager
+    return TaskManager()
 
 def _task_manager(names, include_path):
     "The harness's index of tasks, as small as it can be. Raises `PoseError` with close names for one that does not exist."
@@ -98,7 +103,7 @@ def _task_manager(names, include_path):
     for folders in (own, [str(Path(home).parent/f) for f in _FOLDERS] + own):
         manager = TaskManager(include_path=folders, include_defaults=False)
         if all(single(manager, n) for n in names): return manager
-    manager = TaskManager(include_path=own, include_defaults=True)
+    manager = TaskManager(include_path=own, include_defaults=True) if own else _all_tasks()
     for n in names:
         close = difflib.get_close_matches(n, manager.all_tasks, 3, .6)
         check(n in manager.task_index, f"unknown task '{n}'; " + (f"did you mean {' or '.join(close)}?" if close else f"the columns of Table 3 are {', '.join(TABLE3)}; lm_eval ls tasks prints all."))
@@ -112,7 +117,7 @@ def _task_names(tasks):
     check(len(set(names)) == len(names), f"a task is named twice in {', '.join(names)}; name each once.")
     return names
 
-# %% ../nbs/12_harness.ipynb #000134ca
+# %% ../nbs/12_harness.ipynb #0dc7d2b1
 _LOCAL = ('json', 'csv', 'text', 'parquet', 'arrow')
 
 def _read_questions(manager, name):
@@ -137,7 +142,7 @@ def _load_tasks(names, include_path, shots, seed):
         t.set_config('num_fewshot', _integer(k, 'shots', 0)); t.set_fewshot_seed(seed=seed)
     return tasks
 
-# %% ../nbs/12_harness.ipynb #29c291c9
+# %% ../nbs/12_harness.ipynb #1e773405
 def check_rotation(
     model,       # A transformers model
     folder=None, # The folder it was loaded from; its `pose_nb.json` says how it must rotate
@@ -153,11 +158,20 @@ def check_rotation(
         check(same, f"{folder} was made with {want['scaling']} for {want['length']:,} tokens (pose_nb.json), but its config.json now says {info.scaling.name} for {info.length:,}; short questions would hide what the interpolation costs: restore config.json.")
     return dict(scaling=info.scaling.name, factor=float(getattr(info.scaling, 'factor', 1.)), original=info.original, length=info.length, recorded=bool(want))
 
-# %% ../nbs/12_harness.ipynb #607b61cf
+# %% ../nbs/12_harness.ipynb #328e1060
 def _agree(problem, shared):
-    "Raise what is wrong; of several processes, all raise what is wrong in one."
+    "Raise what is wrong; of several processes, all raise what is wrong in one, and the first says it."
     if shared: problem = next((p for p in gather_object([problem]) if p), None)
     if problem: error = PoseError(problem); error.told = shared and not PartialState().is_main_process; raise error
+
+def _together(f, shared):
+    "What `f` returns; of several processes, none goes on if it refuses in one."
+    if not shared: return f()
+    out = problem = None
+    try: out = f()
+    except PoseError as e: problem = str(e)
+    _agree(problem, shared)
+    return out
 
 def _check_requests(lm, requests):
     "What is wrong with tokenised questions, or None; those that are too long are noted in `lm.cut`."
@@ -168,9 +182,16 @@ def _check_requests(lm, requests):
         if (n := len(context) + len(answer) - 1) > lm.max_length: long.setdefault(asked.task_name, set()).add(asked.doc_id); top = max(top, n)
     lm.cut = long
     if long and not lm.cutting:
-        return f"{', '.join(f'{len(v)} questions of {k}' for k, v in long.items())} are longer than the {lm.max_length:,} tokens that the model reads (up to {top:,}), and their beginning would be cut off; use fewer shots, or truncate=True (--truncate) to cut and count them."
+        which = ', '.join(f"{len(v)} of task '{k}'" for k, v in long.items())
+        return f"the model reads {lm.max_length:,} tokens and questions have up to {top:,}: too long are {which}, and their beginning would be cut off; use fewer shots, or truncate=True (--truncate) to cut and count them."
 
-# %% ../nbs/12_harness.ipynb #9d4b1473
+def _deal(asked, n):
+    "Indices of the answers that each of `n` processes scores; those of one question stay together."
+    numbers, parts = {}, [[] for _ in range(n)]
+    for i, r in enumerate(asked): parts[numbers.setdefault((r.task_name, r.doc_id), len(numbers)) % n].append(i)
+    return parts
+
+# %% ../nbs/12_harness.ipynb #f7adb2f6
 @functools.cache
 def _adapter():
     "The harness's adapter for transformers models, with checks."
@@ -180,28 +201,30 @@ def _adapter():
             self.asked = requests
             return super().loglikelihood(requests, disable_tqdm)
         def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
-            _agree(_check_requests(self, requests), self.world_size > 1)
-            out = super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
-            bad = any(math.isnan(ll) for ll, _ in out)
-            _agree("the model's log-likelihoods are not numbers; load it in bfloat16 or float32, and check its weights." if bad else None, self.world_size > 1)
-            return out
-        def all_gather(self, tensor): return gather(tensor) if self.world_size > 1 else tensor
-        def barrier(self): PartialState().wait_for_everyone()
+            _agree(_check_requests(self, requests), self.shared)
+            def score(mine):
+                found = super(Checked, self)._loglikelihood_tokens([requests[i] for i in mine], disable_tqdm, override_bs) if mine else []
+                check(not any(math.isnan(ll) for ll, _ in found), "the model's log-likelihoods are not numbers; load it in bfloat16 or float32, and check its weights.")
+                return found
+            if not self.shared: return score(range(len(requests)))
+            parts = _deal(self.asked, PartialState().num_processes)
+            found = dict(zip(sum(parts, []), sum(shared_map(score, parts), [])))
+            return [found[i] for i in range(len(requests))]
     return Checked
 
-# %% ../nbs/12_harness.ipynb #ea83f852
+# %% ../nbs/12_harness.ipynb #91332656
 def _make_lm(model, tokenizer, bos, batch_size, truncate, shared):
     "The adapter around a model."
     adds = tokenizer('a', add_special_tokens=bos is not False)['input_ids']
     starts = tokenizer.bos_token_id is not None and adds[:1] == [tokenizer.bos_token_id]
     check(bos is not True or starts, "this tokenizer puts no beginning-of-sequence (BOS) token in front of a text; leave bos out.")
     check(tokenizer.eos_token_id is None or adds[-1:] != [tokenizer.eos_token_id], "this tokenizer puts an end-of-sequence token behind every text, so that no answer could follow a prompt; use bos=False.")
-    lm = _adapter()(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, max_length=rope_info(model).length, softmax_dtype='float32', add_bos_token=None if bos is None else bool(bos))
-    lm.cutting, lm.cut, lm.with_bos = truncate, {}, bool(starts)
-    if shared: lm._rank, lm._world_size = PartialState().process_index, PartialState().num_processes
+    own = copy.deepcopy(tokenizer); own.model_max_length = 10**9           # or it warns of what is checked below
+    lm = _adapter()(pretrained=model, tokenizer=own, batch_size=batch_size, max_length=rope_info(model).length, softmax_dtype='float32', add_bos_token=None if bos is None else bool(bos))
+    lm.cutting, lm.cut, lm.with_bos, lm.shared = truncate, {}, bool(starts), shared
     return lm
 
-# %% ../nbs/12_harness.ipynb #1f69a62a
+# %% ../nbs/12_harness.ipynb #8d448873
 def _binary(v): return bool(np.isin(v, (0, 1)).all())
 
 def mean_interval(
@@ -231,7 +254,7 @@ class ShortRow:
 
     def to_dict(self): return {f.name: getattr(self, f.name) for f in fields(self) if f.name != 'values'}
 
-# %% ../nbs/12_harness.ipynb #e7affd9e
+# %% ../nbs/12_harness.ipynb #39688359
 @dataclass(frozen=True)
 class ShortResult:
     "What a model does on short questions, and how it was asked."
@@ -260,7 +283,7 @@ def _interval_plot(points, c, xlabel, ax=None, zero=False):
     ax.set(yticks=range(len(points)), yticklabels=[p[0] for p in points], xlabel=xlabel, ylim=(len(points) - .5, -.5))
     return ax
 
-# %% ../nbs/12_harness.ipynb #f286978c
+# %% ../nbs/12_harness.ipynb #2994fccc
 def _metrics(name, task):
     "The metrics of a task that are a mean over questions; of a column of Table 3, the one it prints."
     from lm_eval.api.metrics import mean
@@ -281,20 +304,13 @@ def _rows(name, task, metrics, samples, cut):
                                 mean_interval(v), len(v), len(cut.get(name, ())), (task.get_config('metadata') or {}).get('version'), digest, v))
     return out
 
-# %% ../nbs/12_harness.ipynb #6597b60e
+# %% ../nbs/12_harness.ipynb #523b5393
 def _check_request(tasks, limit, seed, batch_size):
     "Refuse what cannot be asked; the names of the tasks."
     _integer(batch_size, 'batch_size')
-    check(limit is None or _integer(limit, 'limit') >= 1, '')
+    if limit is not None: _integer(limit, 'limit')
     check(_integer(seed, 'seed', 0) < 2**32, f"seed {seed} is too large; use one below 2**32.")
     return _task_names(tasks)
-
-def _share_out(tasks, limit, shared):
-    "Refuse fewer questions than processes, which the harness cannot deal out."
-    n = PartialState().num_processes if shared else 1
-    for name, t in tasks.items():
-        have = len(t.eval_docs) if limit is None else min(limit, len(t.eval_docs))
-        check(have >= n, f"task '{name}' has {have} questions for {n} processes; ask at least one each, or use fewer processes.")
 
 def short_tasks(
     model,                    # A transformers model, or a checkpoint folder or hub id
@@ -308,34 +324,30 @@ def short_tasks(
     bos:bool=None,            # Start prompts with BOS: False, or None for what the tokenizer does
     seed:int=1234,            # Seed of the examples in prompts, in [0, 2**32)
     shared:bool=False,        # All processes of this run call this together: deal the questions out, give all the result
+    attn_implementation:str=None, # Of a folder: sdpa, eager, flash_attention_2
     progress:bool=None,       # Show progress bars; None does on a terminal
 )->ShortResult: # One row per task and metric
     "Multiple-choice benchmarks through lm-evaluation-harness. Raises `PoseError` for requests that cannot be met."
-    used, names = _check_harness(), _check_request(tasks, limit, seed, batch_size)
     shared = shared and join().num_processes > 1
-    folder = None if isinstance(model, torch.nn.Module) else model
-    if folder is not None: load_config(folder)
-    check(folder is not None or tokenizer is not None, "a model in memory needs its tokenizer; pass tokenizer=load_tokenizer(folder).")
-    with _seeded(seed), _quiet(progress): loaded = _load_tasks(names, include_path, shots, seed)
-    metrics = {n: _metrics(n, t) for n, t in loaded.items()}
-    _share_out(loaded, limit, shared)
-    net = model if folder is None else load_model(folder)
-    rotation = check_rotation(net, folder)
+    if shared and not PartialState().is_main_process: progress = False
+    def prepare():
+        _check_harness()
+        names, memory = _check_request(tasks, limit, seed, batch_size), isinstance(model, torch.nn.Module)
+        check(tokenizer is not None or not memory, "a model in memory needs its tokenizer; pass tokenizer=load_tokenizer(folder).")
+        if not memory: load_config(model)
+        with _seeded(seed), _quiet(progress): loaded = _load_tasks(names, include_path, shots, seed)
+        metrics = {n: _metrics(n, t) for n, t in loaded.items()}
+        net = model if memory else load_model(model, attn_implementation=attn_implementation)
+        return loaded, metrics, net, load_tokenizer(model) if tokenizer is None else tokenizer, check_rotation(net, None if memory else model)
+    loaded, metrics, net, tok, rotation = _together(prepare, shared)
     with _seeded(seed), evaluating(net), _quiet(progress):
+        lm = _together(lambda: _make_lm(net, tok, bos, batch_size, truncate, shared), shared)
         from lm_eval.evaluator import evaluate
-        lm = _make_lm(net, load_tokenizer(folder) if tokenizer is None else tokenizer, bos, batch_size, truncate, shared)
         found = evaluate(lm, dict(tasks=loaded), limit=limit, bootstrap_iters=0)
-    cut = _merge(lm.cut, shared)
-    protocol = dict(seed=seed, limit=limit, bos=lm.with_bos, dtype=str(net.dtype).removeprefix('torch.'), reads=lm.max_length, lm_eval=used)
-    make = lambda: ShortResult([r for n, t in loaded.items() for r in _rows(n, t, metrics[n], found['samples'][n], cut)], rotation, protocol)
-    return on_main(make) if shared else make()
+    protocol = dict(seed=seed, limit=limit, bos=lm.with_bos, dtype=str(net.dtype).removeprefix('torch.'), reads=lm.max_length, lm_eval=importlib.metadata.version('lm_eval'))
+    return ShortResult([r for n, t in loaded.items() for r in _rows(n, t, metrics[n], found['samples'][n], lm.cut)], rotation, protocol)
 
-def _merge(cut, shared):
-    "Questions that were cut off, over all processes."
-    parts = gather_object([cut]) if shared else [cut]
-    return {k: set().union(*(p.get(k, ()) for p in parts)) for k in {k for p in parts for k in p}}
-
-# %% ../nbs/12_harness.ipynb #ddb08f79
+# %% ../nbs/12_harness.ipynb #f0b7a9e6
 def paired_interval(
     base:np.ndarray,     # One value per question, float64, shape (questions,)
     extended:np.ndarray, # The same questions
@@ -347,7 +359,7 @@ def paired_interval(
     half = stats.norm.ppf(.975) * math.sqrt((worse + better - (better - worse)**2) / (n + 2))
     return float(max(better - worse - half, -1)), float(min(better - worse + half, 1))
 
-# %% ../nbs/12_harness.ipynb #84c86ade
+# %% ../nbs/12_harness.ipynb #d86e159b
 @dataclass(frozen=True)
 class ShortDifference:
     "One task and metric of two models that answered the same questions."
@@ -380,7 +392,7 @@ class ShortComparison:
         points = [(_label(self.rows, r), 100 * r.difference, None if r.low is None else (100 * r.low, 100 * r.high)) for r in self.rows]
         return _interval_plot(points, color(self.rotations['extended']['scaling']), 'extended - base, percentage points', ax, zero=True)
 
-# %% ../nbs/12_harness.ipynb #91ab6386
+# %% ../nbs/12_harness.ipynb #b9554cf1
 def _same_questions(base, extended):
     "Refuse a comparison of different questions."
     for k in ('seed', 'limit', 'bos', 'lm_eval'):
@@ -406,7 +418,7 @@ def compare_short(
         rows.append(ShortDifference(x.task, x.metric, x.shots, x.value, y.value, y.value - x.value, low, high, int((y.values < x.values).sum()), int((y.values > x.values).sum()), x.questions, max(x.truncated, y.truncated)))
     return ShortComparison(rows, dict(base=base.rotation, extended=extended.rotation), {k: v for k, v in extended.protocol.items() if k != 'reads'})
 
-# %% ../nbs/12_harness.ipynb #edd58c8c
+# %% ../nbs/12_harness.ipynb #e836d310
 def _saved(result, folder, title, note):
     "Write `eval/short.json` and its figure."
     use_style()
@@ -437,15 +449,11 @@ def eval_short(
     progress:bool=True,           # Show progress bars
 )->dict: # rows, protocol and a text table
     "Standard benchmarks on short text (Table 3 of the PoSE paper). Raises `PoseError` for requests that cannot be met."
-    dirs, results = [model] + [compare] * bool(compare), []
-    for d in dirs: load_config(d)
+    dirs = [model] + [compare] * bool(compare)
+    _together(lambda: [load_config(d) for d in dirs], join().num_processes > 1)
     names = [Path(str(d)).resolve().name if Path(str(d)).exists() else str(d) for d in dirs]
-    for d in dirs:
-        net = load_model(d, attn_implementation=attn_implementation)
-        check_rotation(net, d)
-        r = short_tasks(net, load_tokenizer(d), tasks, limit, shots, include_path, batch_size, truncate, bos, seed, True, progress)
-        results.append(ShortResult(r.rows, check_rotation(net, d), r.protocol)); del net
+    results = [short_tasks(d, None, tasks, limit, shots, include_path, batch_size, truncate, bos, seed, True, attn_implementation, progress) for d in dirs]
     whole, title = compare_short(results[1], results[0]) if compare else results[0], 'Short benchmarks' + f': {names[0]} against {names[-1]}' * bool(compare)
     note, folder = _note(results, names), output_dir or (model if Path(str(model)).is_dir() and Path(str(model)).resolve() != default_base().resolve() else None)
-    rows = on_main(lambda: _saved(whole, folder, title, note)) if join().num_processes > 1 else _saved(whole, folder, title, note)
+    rows = on_main(lambda: _saved(whole, folder, title, note))
     return dict(title=title, rows=rows, protocol=note, rotations={n: r.rotation for n, r in zip(names, results)}, environment=environment() | dict(lm_eval=results[0].protocol['lm_eval']), text=f'{title}\n{whole.table().to_string(index=False)}\n{note}')
