@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FAMILY', 'Z', 'Prompt', 'share_found', 'Task', 'trial_rng', 'make_trials', 'prefill', 'continue_greedy',
-           'score_answers', 'shared_start', 'Trunk', 'make_batches', 'answer_batch', 'answer', 'Reader', 'wilson',
-           'AnswerRow', 'answer_row', 'Answers', 'reach', 'retrieve', 'depth_plot']
+           'score_answers', 'shared_start', 'Trunk', 'stack_caches', 'make_batches', 'answer_batch', 'answer', 'Reader',
+           'wilson', 'AnswerRow', 'answer_row', 'Answers', 'reach', 'retrieve', 'depth_plot']
 
 # %% ../nbs/08a_answers.ipynb #1597fc33
 import copy, math, re
@@ -86,9 +86,11 @@ def make_trials(
     return out
 
 def _check_prompt(task, length, p):
-    "A prompt that does not fit, or an answer longer than a reply may be, is an error before the model runs."
+    "A prompt that does not fit, an answer longer than a reply may be, and facts that would hide results are errors before the model runs."
     check(len(p.ids) + task.new_tokens <= length, f"task '{task.name}' made a prompt of {len(p.ids)} tokens, which with {task.new_tokens} new ones does not fit into {length}; use a longer length.")
     check(1 <= len(p.answer) <= task.new_tokens, f"new_tokens {task.new_tokens} is too few for an answer of {len(p.answer)} tokens; use at least {len(p.answer)}.")
+    hidden = {'length', 'depth', 'trial', 'tokens', 'references', 'reply', 'written', 'mark', 'nll', 'probability', 'forced'} & p.facts.keys()
+    check(not hidden, f"task '{task.name}' has facts named {', '.join(sorted(hidden))}, which results use themselves; choose other names.")
 
 # %% ../nbs/08a_answers.ipynb #0e3f716a
 def _read(model, ids, start, cache, keep=0):
@@ -157,35 +159,35 @@ def shared_start(
     return int(differ[0]) if len(differ) else n
 
 class Trunk:
-    "The keys and values of some tokens, from which many prompts continue."
+    "The keys and values of one prompt, from which the next one continues."
     def __init__(self,
         model,           # A Hugging Face causal language model
         chunk:int=2048,  # Tokens per forward pass
-    ): self.model, self.chunk, self.ids, self.cache = model, chunk, [], DynamicCache(config=model.config)
-    def grow(self,
-        ids:list, # Token ids that the cache shall hold afterwards
-    )->int: # Tokens that had to be read
-        "Cut back to what is shared, and read the rest."
-        keep = shared_start(self.ids, ids)
+    ): self.model, self.chunk, self.ids, self.cache, self.tokens_read = model, chunk, [], DynamicCache(config=model.config), 0
+    def read(self,
+        ids:list, # Token ids of a prompt
+    )->torch.Tensor: # float32, shape (1, vocabulary): logits of the next token; `cache` holds the prompt
+        "Cut back to what is shared with the prompt before, and read the rest."
+        keep = 0 if _length_dependent(self.model.config) else min(shared_start(self.ids, ids), len(ids) - 1)
         surplus = self.cache.get_seq_length() - keep
-        if surplus > 0 and _plain(self.cache): self.cache.crop(-surplus)
+        if surplus > 0 and keep and _plain(self.cache): self.cache.crop(-surplus)
         elif surplus > 0: self.cache, keep = DynamicCache(config=self.model.config), 0      # what left a sliding window is gone: begin anew
-        self.ids = list(ids)
-        if keep < len(ids): prefill(self.model, torch.tensor([ids], device=next(self.model.parameters()).device), self.chunk, self.cache, keep)
-        return len(ids) - keep
-    def branch(self,
-        rows:int, # Prompts that continue together
-    ): # A cache for them
-        "The trunk itself for one prompt, where it can be cut back; copies for several."
-        if rows == 1 and _plain(self.cache): return self.cache
-        cache = copy.deepcopy(self.cache)
-        if rows > 1: cache.batch_repeat_interleave(rows)
-        return cache
+        self.ids, self.tokens_read = list(ids), self.tokens_read + len(ids) - keep
+        return prefill(self.model, torch.tensor([ids], device=next(self.model.parameters()).device), self.chunk, self.cache, keep)[0]
+
+def stack_caches(
+    caches:list, # Caches of one row and equal length
+): # One cache, a row each
+    "The keys and values of several prompts side by side."
+    out = copy.deepcopy(caches[0])
+    for layer, *same in zip(out.layers, *(c.layers for c in caches)):
+        if layer.is_initialized: layer.keys, layer.values = (torch.cat([getattr(l, k) for l in same]) for k in ('keys', 'values'))
+    return out
 
 # %% ../nbs/08a_answers.ipynb #ca8ad789
 def make_batches(
     prompts:list,      # `Prompt`s
-    batch_tokens:int,  # Prompt tokens read together; a longer prompt is read alone
+    batch_tokens:int,  # Prompt tokens in the caches of one batch; a longer prompt goes alone
 )->list: # Lists of indices into `prompts`
     "Prompts in an order in which neighbours share much, cut into batches of equal length."
     size = lambda i: len(prompts[i].ids)
@@ -220,10 +222,11 @@ def answer_batch(
     trunk:Trunk,     # Where reading starts; it grows
 )->list: # One dict per prompt: reply, written (tokens), mark, nll (per token), probability (of the whole answer), forced, facts
     "Replies and scores of one batch. Raises `PoseError` if the model's logits are not finite numbers."
-    ids, n = torch.tensor([p.ids for p in prompts], device=next(model.parameters()).device), len(prompts[0].ids)
-    common = 0 if _length_dependent(model.config) else min(n - 1, *(shared_start(prompts[0].ids, p.ids) for p in prompts))
-    trunk.grow(prompts[0].ids[:common])
-    logits, cache = prefill(model, ids, trunk.chunk, trunk.branch(len(prompts)), common)
+    n, alone, logits, caches = len(prompts[0].ids), len(prompts) == 1, [], []
+    for p in prompts:
+        logits.append(trunk.read(p.ids))
+        if not (alone and _plain(trunk.cache)): caches.append(copy.deepcopy(trunk.cache))
+    logits, cache = torch.cat(logits), stack_caches(caches) if caches else trunk.cache
     check(torch.isfinite(logits).all().item(), f"the model's logits are not finite numbers at {n} tokens; load it in bfloat16 or float32, and check its weights.")
     nll, forced = score_answers(model, logits, n, cache, [p.answer for p in prompts])
     watch, out = _Watch(task, prompts, tokenizer, _ends(model, tokenizer)), []
@@ -240,7 +243,7 @@ def answer(
     tokenizer,              # Its tokenizer
     task:Task,              # Marks the replies
     prompts:list,           # `Prompt`s
-    batch_tokens:int=None,  # Prompt tokens read together; None: 2,048 on a CPU, where batches save nothing, else 16,384
+    batch_tokens:int=16_384, # Prompt tokens in the caches of one batch; a longer prompt goes alone
     chunk:int=2048,         # Tokens per row and forward pass
     shared:bool=False,      # Deal the work out to the processes of this run; all of them must call
     progress:bool=None,     # Show a progress bar; None does on a terminal
@@ -248,7 +251,6 @@ def answer(
     "Ask every prompt. Raises `PoseError` if the model does not know a token."
     vocab, top = model.get_input_embeddings().num_embeddings, max(max(p.ids + p.answer) for p in prompts)
     check(top < vocab, f"the tokenizer gives token id {top}, but the model knows 0 to {vocab - 1}; use the tokenizer of this model.")
-    batch_tokens = batch_tokens or (2048 if next(model.parameters()).device.type == 'cpu' else 16_384)
     batches, out = make_batches(prompts, batch_tokens), {}
     families = [batches[i:i + FAMILY] for i in range(0, len(batches), FAMILY)]
     with evaluating(model), _bar(sum(len(p.ids) for p in prompts), task.name, progress) as bar:
@@ -273,7 +275,7 @@ class Reader(torch.nn.Module):
         from transformers import LlamaConfig
         super().__init__()
         self.tokenizer, self.reply, self.question, self.window = tokenizer, reply, question, window
-        self.config, self.unused, self.seen = LlamaConfig(vocab_size=len(tokenizer), num_hidden_layers=1), torch.nn.Parameter(torch.zeros(1)), None    # the parameter gives it a device
+        self.config, self.unused = LlamaConfig(vocab_size=len(tokenizer), num_hidden_layers=1), torch.nn.Parameter(torch.zeros(1))    # the parameter gives it a device
     def get_input_embeddings(self): return SimpleNamespace(num_embeddings=len(self.tokenizer))
     def _next(self, ids):
         "The token that follows."
@@ -282,15 +284,13 @@ class Reader(torch.nn.Module):
         prompt = len(ids) - len(self.tokenizer(written, add_special_tokens=False)['input_ids'])
         said = self.tokenizer(self.reply(self.tokenizer.decode(ids[max(0, prompt - self.window):prompt] if self.window else ids[:prompt])), add_special_tokens=False)['input_ids']
         return (said + [self.tokenizer.eos_token_id] * (len(ids) - prompt + 1))[len(ids) - prompt]
-    def forward(self, input_ids, position_ids, logits_to_keep=0, **kw):
-        rows, start = len(input_ids), int(position_ids[0, 0])
-        before = input_ids[:, :0] if start == 0 else (self.seen if len(self.seen) == rows else self.seen[:1].expand(rows, -1))[:, :start]
-        self.seen = torch.cat([before, input_ids], 1)
-        n = self.seen.shape[1]
-        at = range(n - (logits_to_keep or input_ids.shape[1]), n)
-        logits = torch.zeros(rows, len(at), len(self.tokenizer))
-        for r in range(rows):
-            for k, i in enumerate(at): logits[r, k, self._next(self.seen[r, :i + 1].tolist())] = 9.
+    def forward(self, input_ids, past_key_values, logits_to_keep=0, **kw):
+        keys = input_ids[:, None, :, None].double()                  # the tokens themselves are its keys, so that they are cut and stacked as a model's are
+        seen = past_key_values.update(keys, keys, 0)[0][:, 0, :, 0].long().tolist()
+        at = range(len(seen[0]) - (logits_to_keep or input_ids.shape[1]), len(seen[0]))
+        logits = torch.zeros(len(seen), len(at), len(self.tokenizer))
+        for row, ids in zip(logits, seen):
+            for k, i in enumerate(at): row[k, self._next(ids[:i + 1])] = 9.
         return SimpleNamespace(logits=logits)
 
 # %% ../nbs/08a_answers.ipynb #b318f344
@@ -400,14 +400,14 @@ def retrieve(
     trials:int=50,          # Prompts per length and depth
     seed:int=0,             # Seed of questions and uniform depths, at least 0
     bos:int|bool=None,      # BOS token id; None takes the tokenizer's if it has one, False none
-    batch_tokens:int=None,  # Prompt tokens read together; None chooses by device
+    batch_tokens:int=16_384, # Prompt tokens in the caches of one batch; a longer prompt goes alone
     chunk:int=2048,         # Tokens per row and forward pass
     shared:bool=False,      # Deal the work out to the processes of this run; all of them must call
     progress:bool=None,     # Show a progress bar; None does on a terminal
 )->Answers: # One row per length and depth
     "Ask a task at several lengths and depths. Raises `PoseError` for requests that cannot be met."
     lengths, depths, bos = check_lengths(lengths), _check_depths(depths), _tokenizer_bos(tokenizer, bos)
-    for value, what in ((trials, 'trials'), (task.new_tokens, 'new_tokens'), (1 if batch_tokens is None else batch_tokens, 'batch_tokens'), (chunk, 'chunk')): _integer(value, what)
+    for value, what in ((trials, 'trials'), (task.new_tokens, 'new_tokens'), (batch_tokens, 'batch_tokens'), (chunk, 'chunk')): _integer(value, what)
     check(_integer(seed, 'seed', 0) < 2**64, f"seed {seed} is too large; use one below 2**64.")
     plan = make_trials(task, tokenizer, lengths, depths, trials, seed, bos)
     got = answer(model, tokenizer, task, [t['prompt'] for t in plan], batch_tokens, chunk, shared, progress)

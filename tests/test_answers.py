@@ -1,5 +1,5 @@
 "The middle of every retrieval test: however prompts are read, replies and scores are those of the slow way."
-import json
+import copy, json
 
 import numpy as np, pytest, torch
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForC
 
 import pose_nb.answers as answers
 from conftest import make_tokenizer, make_texts
-from pose_nb.answers import (Prompt, Reader, Task, Trunk, answer, continue_greedy, make_batches, make_trials, prefill, reach, retrieve, score_answers, share_found, shared_start,
+from pose_nb.answers import (Prompt, Reader, Task, Trunk, answer, continue_greedy, make_batches, make_trials, prefill, reach, retrieve, score_answers, share_found, shared_start, stack_caches,
                              trial_rng, wilson)
 from pose_nb.common import PoseError
 
@@ -81,19 +81,25 @@ def test_sorted_prompts_are_read_once_per_branch_and_batches_are_a_partition(row
     assert sum(len(b) - shared_start(a, b) for a, b in zip([[]] + order, order)) == len({tuple(r[:i]) for r in rows for i in range(1, len(r) + 1)})
 
 
-@pytest.mark.parametrize('cls,config,kw', FAMILIES[:3])
-def test_a_trunk_holds_what_it_says(cls, config, kw):
+@pytest.mark.parametrize('cls,config,kw', FAMILIES)
+def test_a_trunk_reads_what_is_new_and_caches_stack(cls, config, kw):
     m = model(cls, config, **kw)
     trunk, rng = Trunk(m, chunk=9), np.random.default_rng(0)
     a, b = rng.integers(2, 300, 70).tolist(), rng.integers(2, 300, 20).tolist()
+    prompts = [a, a[:50] + b, a[:50] + b[::-1], a[:50] + b[::-1]]
+    want = [70, 20, 20, 1] if cls is LlamaForCausalLM and not kw else [70] * 4            # a sliding window cannot be cut back
+    logits, caches = [], []
     with torch.inference_mode():
-        assert trunk.grow(a[:60]) == 60 and trunk.grow(a) == 10
-        assert trunk.grow(a[:50] + b) == (20 if cls is LlamaForCausalLM else 70)            # a sliding window cannot be cut back
-        for rows in (1, 3):
-            ids = torch.tensor([a[:50] + b + [r] for r in range(5, 5 + rows)])
-            got, _ = prefill(m, ids, 9, trunk.branch(rows), 70)
-            assert torch.allclose(got, m(ids, attention_mask=torch.ones_like(ids)).logits[:, -1], atol=1e-4)
-            trunk.grow(a[:50] + b)
+        for p, n in zip(prompts, want):
+            before = trunk.tokens_read
+            logits.append(trunk.read(p)); caches.append(copy.deepcopy(trunk.cache))
+            assert trunk.tokens_read - before == n
+        ids = torch.tensor(prompts)
+        assert torch.allclose(torch.cat(logits), m(ids, attention_mask=torch.ones_like(ids)).logits[:, -1], atol=1e-4)
+        stacked, more = stack_caches(caches), torch.tensor([[5], [6], [7], [8]])
+        got = answers._read(m, more, 70, stacked)[:, 0]
+        if not kw.get('rope_parameters'): assert torch.allclose(got, m(torch.cat([ids, more], 1), attention_mask=torch.ones(4, 71, dtype=int)).logits[:, -1], atol=1e-4)
+        for i, c in enumerate(caches): assert torch.allclose(got[i], answers._read(m, more[i:i + 1], 70, c)[0, 0], atol=1e-5)
 
 
 @pytest.mark.parametrize('chunk', [7, 64, 2048])
@@ -186,6 +192,8 @@ def test_bad_requests_are_one_sentence(kw, says):
 
 
 def test_prompts_that_do_not_fit_are_errors():
+    class Hides(Hidden): prompt = lambda self, *a: Prompt([1, 2], [3], ['x'], dict(depth=1))
+    with pytest.raises(PoseError, match='facts named depth'): retrieve(model(), TOK, Hides(), 60)
     class Long(Hidden): prompt = lambda self, tok, length, *a: super().prompt(tok, length + 1, *a)
     class Wordy(Hidden): prompt = lambda self, *a: Prompt([1, 2], [3] * 11, ['x'], {})
     with pytest.raises(PoseError, match='does not fit into 60'): retrieve(model(), TOK, Long(), 60)
