@@ -7,7 +7,7 @@ __all__ = ['BOOK', 'FACT', 'ASK', 'CITIES', 'SANDWICH', 'CRITERIA', 'ADJECTIVES'
            'Haystack', 'hide', 'Needle', 'count_found', 'MultiNeedle', 'by_criterion', 'Lines', 'gold_depths',
            'normalised', 'KeyValue', 'pairs_length']
 
-# %% ../nbs/08c_needles.ipynb #d73e4b8a
+# %% ../nbs/08c_needles.ipynb #0088cfed
 import hashlib, math, re, uuid
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -21,7 +21,7 @@ from .perplexity import _integer
 from .retrieval import GARBAGE, first_number
 from .samplers import sentence_ends
 
-# %% ../nbs/08c_needles.ipynb #d7fed10e
+# %% ../nbs/08c_needles.ipynb #053fac03
 def _encode(tokenizer, text): return tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)['input_ids']
 
 def follow(
@@ -34,7 +34,7 @@ def follow(
     return [both[len(start):] if both[:len(start)] == start else _encode(tokenizer, t)
             for both, t in zip(_encode(tokenizer, [before + t for t in texts]), texts)]
 
-# %% ../nbs/08c_needles.ipynb #98ef662e
+# %% ../nbs/08c_needles.ipynb #adf13144
 @lru_cache(8)
 def _joined(texts): return ''.join('\n\n' + t for t in texts) or ' ' + GARBAGE
 @lru_cache(8)
@@ -60,7 +60,7 @@ class Haystack:
         return dict(texts=len(self.texts), characters=len(self.text), sha256=hashlib.sha256(self.text.encode('utf-8', 'replace')).hexdigest()[:16],
                     sentence=self.sentence, anywhere=self.anywhere, repeat=self.repeat)
 
-# %% ../nbs/08c_needles.ipynb #e5d30805
+# %% ../nbs/08c_needles.ipynb #eac39997
 @patch
 def cut(self:Haystack,
     tokenizer,      # A Hugging Face tokenizer
@@ -84,7 +84,7 @@ def place(self:Haystack,
     ends = _sentence_ends(tokenizer)
     return next((i for i in range(at, 0, -1) if ids[i - 1] in ends), 0)
 
-# %% ../nbs/08c_needles.ipynb #2a6ed092
+# %% ../nbs/08c_needles.ipynb #76b74801
 def hide(
     text:list,    # Token ids
     pieces:list,  # What to hide: token ids, one list per piece
@@ -98,7 +98,7 @@ def hide(
         out += pieces[i]
     return out + text[done:], where
 
-# %% ../nbs/08c_needles.ipynb #26f65d4c
+# %% ../nbs/08c_needles.ipynb #be4c71f2
 BOOK = 'This is a very long story book: <book>'
 FACT = '\nThe special magic {key} number is: {value}.\n'
 ASK = ' </book>.\nBased on the content of the book, Question: What is the special magic {key} number? Answer: The special magic {key} number is:'
@@ -106,7 +106,7 @@ CITIES = ('Accra Amman Ankara Antwerp Athens Bergen Bogota Boston Bremen Cairo C
           'Lagos Lima Lisbon London Lyon Madrid Manila Milan Montreal Nairobi Naples Odessa Osaka Oslo Paris Porto Prague Quito Riga Rome Santiago Seoul Seville Sofia Sydney Tallinn '
           'Tokyo Toronto Tunis Turin Utrecht Valencia Vienna Vilnius Warsaw Zagreb').split()
 
-# %% ../nbs/08c_needles.ipynb #b886585c
+# %% ../nbs/08c_needles.ipynb #bee5622c
 def _fill(text, key, value=''): return text.replace('{key}', key).replace('{value}', value)
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class Needle(Task):
         check(self.wanted + n <= 9 * 10**(self.digits - 1), f"there are too few numbers of {self.digits} digits for {self.wanted + n} facts; use more digits.")
     def protocol(self)->dict: return dict(task=self.name) | {f.name: getattr(self, f.name) for f in fields(self)} | dict(haystack=self.haystack.protocol())
 
-# %% ../nbs/08c_needles.ipynb #41aacfb5
+# %% ../nbs/08c_needles.ipynb #f1994eb9
 @patch
 def _values(self:Needle, key, rng):
     "What is hidden: the wanted values first, then those of the distractors. None occurs in the haystack."
@@ -153,7 +153,7 @@ def _places(self:Needle, tokenizer, text, depth, u):
     at = [int((i + u[i]) / n * (size + 1)) if depth is None else round((depth + (1 - depth) * i / n) * size) for i in range(n)]
     return [self.haystack.place(tokenizer, text, min(a, size)) for a in at]
 
-# %% ../nbs/08c_needles.ipynb #d0e93721
+# %% ../nbs/08c_needles.ipynb #af6ed037
 @patch
 def prompt(self:Needle, tokenizer, length, depth, rng, bos):
     "A prompt of exactly `length - new_tokens` tokens. Raises `PoseError` if that is too short."
@@ -175,7 +175,7 @@ def prompt(self:Needle, tokenizer, length, depth, rng, bos):
                  index=one([len(head) + w for w in where[:n]]))
     return Prompt(head + body + tail, answer, values[:n], facts)
 
-# %% ../nbs/08c_needles.ipynb #9b39c3ca
+# %% ../nbs/08c_needles.ipynb #b603bfc0
 @patch
 def mark(self:Needle, reply, prompt):
     "1 if the first number is the right one; with words to find, if they are there."
@@ -187,11 +187,11 @@ def finished(self:Needle, reply, prompt):
     "The first number is complete when something else follows it."
     return bool(re.search(r'\d\D', reply)) if self.value is None else self.mark(reply, prompt) == 1
 
-# %% ../nbs/08c_needles.ipynb #b59ae8d1
+# %% ../nbs/08c_needles.ipynb #ad4553ba
 SANDWICH = Needle(new_tokens=64, fact='\nThe best thing to do in San Francisco is {value} on a sunny day.\n', value='eat a sandwich and sit in Dolores Park',
                   question=' </book>.\nBased on the content of the book, Question: What is the best thing to do in San Francisco? Answer: The best thing to do in San Francisco is')
 
-# %% ../nbs/08c_needles.ipynb #56c2600c
+# %% ../nbs/08c_needles.ipynb #7721e8d5
 CRITERIA = dict(any=lambda found, n: float(found >= 1), two=lambda found, n: float(found >= 2), all=lambda found, n: float(found == n), mean=lambda found, n: found / n)
 
 def count_found(
@@ -221,7 +221,7 @@ class MultiNeedle(Needle):
     def mark(self, reply, prompt): return CRITERIA[self.criterion](count_found(reply, prompt.references), self.needles)
     def finished(self, reply, prompt): return self.mark(re.sub(r'\d+$', '', reply), prompt) == 1       # a number that may still grow does not count yet
 
-# %% ../nbs/08c_needles.ipynb #45d3128e
+# %% ../nbs/08c_needles.ipynb #433de75f
 def by_criterion(
     result:Answers, # A result of `MultiNeedle` with criterion "mean" or "all"
 )->list: # One dict per length and criterion: length, criterion, trials, score, low, high (95%)
@@ -236,7 +236,7 @@ def by_criterion(
             out.append(dict(length=n, criterion=name, trials=len(trials), score=score / len(trials), low=low, high=high))
     return out
 
-# %% ../nbs/08c_needles.ipynb #fb35ce5f
+# %% ../nbs/08c_needles.ipynb #3b7c1d06
 ADJECTIVES = ('able agile amber ample ancient arid azure bitter blank blunt bold brave brief bright brisk broad calm candid clear clever cold cosy crisp curly daring dark deep dense dim dry dusty eager early '
               'empty exact faint fair fancy fast firm flat fond frank free fresh frosty full gentle giant glad golden grand green grey happy hard hasty heavy hidden hollow honest humble icy idle jolly keen '
               'kind large late lean level light little lively lofty lone loud lucky mellow mild misty modest muddy narrow neat new noble odd old open pale plain polite proud pure quick quiet rapid rare '
@@ -248,7 +248,7 @@ NOUNS = ('acorn anchor apple apron arrow badge basin basket beacon beam bell ben
          'lily lock magnet map marble meadow mirror moss needle nest oak oar olive orchard oven paddle paint palm path pebble pencil petal piano pillow pipe pitcher plank plate pocket pond pump quilt '
          'rail raft reed ribbon ring river robe roof rope saddle sail sand scarf seed shelf shell shore silk spoon stone stool table tent thread tower trail trunk valley vase wagon wall wheel window').split()
 
-# %% ../nbs/08c_needles.ipynb #19e4dbd6
+# %% ../nbs/08c_needles.ipynb #3f312341
 def _place_record(count, depth, u):
     "The order of records around number 0, which is asked for."
     at = int(u * count) if depth is None else round(depth * (count - 1))
@@ -258,26 +258,27 @@ class _Records(Task):
     "A list of records, one of which is asked for; `parts` are head, forms of the first, an inner and the last record, question and answer."
     def _around(self, tokenizer, length, depth, u, bos, keys, values, parts, most):
         "The prompt with as many records as fit, or exactly `most`."
-        head, *forms, tail, said = parts
-        records = lambda form, n: follow(tokenizer, [_fill(form, k, v) for k, v in zip(keys[:n], values[:n])], '\n')
-        question, start = _fill(tail, keys[0]), [bos] * (bos is not None)
-        head = _encode(tokenizer, '\n' * self.fill + head)
-        (end,), (answer,) = follow(tokenizer, [question], '\n'), follow(tokenizer, [_fill(said, keys[0], values[0])], question)
-        room = length - self.new_tokens - len(start + head + end)
-        enough = most or 32 + int(1.2 * max(0, room) / np.mean([len(i) for i in records(forms[1], 32)]))      # more than fit
-        made = {form: records(form, enough) for form in set(forms)}
-        first, inner, last = (made[form] for form in forms)
-        size = np.array([[len(i) for i in three] for three in zip(inner, first, last)])
-        costs = size[:, 0].cumsum() + 2 * np.maximum.accumulate(size.max(1) - size[:, 0])      # of the first n records, in any order
+        (head, *forms, tail, said), start = parts, [bos] * (bos is not None)
+        form = lambda k, which: follow(tokenizer, [_fill(forms[k], keys[i], values[i]) for i in which], '\n' if k else head[-20:])
+        question, front = _fill(tail, keys[0]), _encode(tokenizer, '\n' * self.fill + head)
+        (end,), (answer,) = follow(tokenizer, [question], forms[2][-3:]), follow(tokenizer, [_fill(said, keys[0], values[0])], question)
+        room, few = length - self.new_tokens - len(start + front + end), range(min(32, len(keys)))
+        enough = most or 32 + int(1.2 * max(0, room) / np.mean([len(r) for r in form(1, few)]))      # more than fit
+        inner = form(1, range(min(enough, len(keys))))
+        costs = np.cumsum([len(r) for r in inner])
+        n = most or int(np.searchsorted(costs, room, 'right'))
+        ends = sorted({0, 1, *range(max(0, n - 8), n)})                                             # who may come first or last
+        costs += 2 * max(0, *(len(r) - len(inner[i]) for k in (0, 2) for i, r in zip(ends, form(k, ends))))
         n = most or int(np.searchsorted(costs, room, 'right'))
         check(n >= 2 and costs[n - 1] <= room, f"length {length} is too short for task '{self.name}': this prompt needs at least {length - room + costs[(most or 2) - 1]} tokens.")
         at, order = _place_record(n, depth, u)
-        body = [first[order[0]], *(inner[i] for i in order[1:-1]), last[order[-1]]]
-        front = start + Haystack().cut(tokenizer, (room - sum(map(len, body))) * self.fill) + head
-        facts = dict(key=keys[0], record=at, records=n, index=len(front) + sum(map(len, body[:at])), fill=len(front) - len(start + head))
+        body = form(0, order[:1]) + [inner[i] for i in order[1:-1]] + form(2, order[-1:])
+        fill = Haystack().cut(tokenizer, (room - sum(map(len, body))) * self.fill)
+        front = start + fill + front
+        facts = dict(key=keys[0], record=at, records=n, index=len(front) + sum(map(len, body[:at])), fill=len(fill))
         return Prompt(front + [i for r in body for i in r] + end, answer, [values[0]], facts)
 
-# %% ../nbs/08c_needles.ipynb #6f2b9917
+# %% ../nbs/08c_needles.ipynb #de275597
 LINES = 'Below is a record of lines I want you to remember. Each line begins with \'line <line index>\' and contains a \'<REGISTER_CONTENT>\' at the end of the line as a numerical value. ' \
         'For each line index, memorize its corresponding <REGISTER_CONTENT>. At the end of the record, I will ask you to retrieve the corresponding <REGISTER_CONTENT> of a certain line index. ' \
         'Now the record start:\n\n'
@@ -301,9 +302,9 @@ class Lines(_Records):
         top, most = len(ADJECTIVES) * len(NOUNS), self.lines or length // 8 + 2
         keys = [f'{ADJECTIVES[k // len(NOUNS)]}-{NOUNS[k % len(NOUNS)]}' for k in rng.permutation(top)[:most].tolist()]
         values = [str(v + 1) for v in rng.permutation(50_000)[:len(keys)].tolist()]
-        question = 'Now the record is over. Tell me what is the <REGISTER_CONTENT> in line {key}? I need the number.' + self.prefix
+        question = ' the record is over. Tell me what is the <REGISTER_CONTENT> in line {key}? I need the number.' + self.prefix
         said = '{value}' if self.prefix.endswith('<') else ' {value}'
-        p = self._around(tokenizer, length, depth, rng.random(), bos, keys, values, (LINES, LINE, LINE, LINE + '\n', question, said), self.lines)
+        p = self._around(tokenizer, length, depth, rng.random(), bos, keys, values, (LINES[:-9], LINES[-9:] + LINE, LINE, LINE + '\nNow', question, said), self.lines)
         check(self.lines or p.facts['records'] < top, f"length {length} has room for more than the {top} lines that there are names for; use a shorter length, or say how many with lines.")
         return p
     def mark(self, reply, prompt):
@@ -312,7 +313,7 @@ class Lines(_Records):
         return float(bool(found) and int(found[0 if self.number == 'first' else -1]) == int(prompt.references[0]))
     def finished(self, reply, prompt): return self.number == 'first' and bool(re.search(r'\d\D', reply))
 
-# %% ../nbs/08c_needles.ipynb #b9c3bd33
+# %% ../nbs/08c_needles.ipynb #2db8c627
 GOLD = {75: (0, 18, 37, 54, 74), 140: (0, 34, 69, 104, 139)}    # places of the pair that is asked for, in CREAM's evaluation
 
 def gold_depths(
@@ -341,20 +342,20 @@ class KeyValue(_Records):
     def prompt(self, tokenizer, length, depth, rng, bos):
         "A prompt of exactly `length - new_tokens` tokens, or of at most so many without `fill`. Raises `PoseError` if that is too short."
         codes = _codes(2 * (self.pairs or length // 20 + 2), rng)
-        parts = ('Extract the value corresponding to the specified key in the JSON object below.\n\nJSON data:\n', '{"{key}": "{value}",\n', ' "{key}": "{value}",\n', ' "{key}": "{value}"}\n\n',
-                 'Key: "{key}"\nCorresponding value:', ' "{value}')
+        parts = ('Extract the value corresponding to the specified key in the JSON object below.\n\nJSON data:\n', '{"{key}": "{value}",\n', ' "{key}": "{value}",\n', ' "{key}": "{value}"}\n\nKey',
+                 ': "{key}"\nCorresponding value:', ' "{value}')
         return self._around(tokenizer, length, depth, rng.random(), bos, codes[::2], codes[1::2], parts, self.pairs)
     def mark(self, reply, prompt): return float(normalised(prompt.references[0]) in normalised(reply))
 
-# %% ../nbs/08c_needles.ipynb #4ab84ddf
+# %% ../nbs/08c_needles.ipynb #8079321d
 def pairs_length(
     tokenizer,          # A Hugging Face tokenizer
     pairs:int,          # Pairs in the object, at least 2
     new_tokens:int=64,  # Tokens the model may write
 )->int: # Tokens of prompt and reply together
-    "A length that holds a prompt with so many pairs: the mean of 300 pairs, and six standard deviations of the sum."
+    "A length that holds a prompt with so many pairs: by the mean of 300 pairs, with six standard deviations of the sum and a few tokens to spare."
     rng, task = np.random.default_rng(0), KeyValue(new_tokens=new_tokens, pairs=pairs)
     codes = iter(_codes(600, rng))
     cost = [len(i) for i in follow(tokenizer, [f' "{k}": "{v}",\n' for k, v in zip(codes, codes)], '\n')]
     few = KeyValue(new_tokens=new_tokens, pairs=2, fill=False).prompt(tokenizer, 10**6, 0., rng, 0)
-    return math.ceil(new_tokens + len(few.ids) + (task.pairs - 2) * np.mean(cost) + 6 * np.std(cost) * math.sqrt(task.pairs + 4)) + 4
+    return math.ceil(new_tokens + len(few.ids) + (task.pairs - 2) * np.mean(cost) + 6 * np.std(cost) * math.sqrt(task.pairs + 4)) + 16
