@@ -468,8 +468,10 @@ def context_gain(
 
 def _gain(short, long):
     scored = [np.isfinite(t) for t in short.token_nll]
-    check(all(np.array_equal(s, np.isfinite(t)) for s, t in zip(scored, long.token_nll)), f"lengths {short.length} and {long.length} score different tokens, as the protocol '{long.protocol}' does; compare them with context_perplexity or perplexity.")
-    sums, counts = np.array([(a - b)[s].sum() for a, b, s in zip(short.token_nll, long.token_nll, scored)]), np.array([s.sum() for s in scored])
+    check(all(np.array_equal(s, np.isfinite(t)) for s, t in zip(scored, long.token_nll)),
+          f"lengths {short.length} and {long.length} score different tokens, as the protocol '{long.protocol}' does; compare them with context_perplexity or perplexity.")
+    sums = np.array([(a - b)[s].sum() for a, b, s in zip(short.token_nll, long.token_nll, scored)])
+    counts = np.array([s.sum() for s in scored])
     gain, se, ends = mean_over_documents(sums, counts)
     return ContextGain(long.length, short.length, len(sums), int(counts.sum()), gain, se, ends, int((sums > 0).sum()), (sums / counts).tolist())
 
