@@ -121,8 +121,9 @@ def mark_keys(
     kept = [i for i, a in enumerate(ids) if len(a) > context]
     check(kept, f"no text is longer than the short context of {context} tokens: the longest has {max(map(len, ids))}; use longer texts or a smaller context.")
     found = key_tokens(evaluator, [ids[i] for i in kept], context, step, alpha, beta, **kw)
-    return KeyTexts(name or _name(evaluator), context, int(step), float(alpha), float(beta), bos_of(evaluator, kw.get('bos')), len(texts) - len(kept), sum(len(ids[i]) - context for i in kept),
-                    [texts[i][:spans[i][-1, 1]] for i in kept], [spans[i][k.key] for i, k in zip(kept, found)])
+    return KeyTexts(evaluator=name or _name(evaluator), context=context, step=int(step), alpha=float(alpha), beta=float(beta), bos=bos_of(evaluator, kw.get('bos')),
+                    excluded=len(texts) - len(kept), tokens=sum(len(ids[i]) - context for i in kept),
+                    texts=[texts[i][:spans[i][-1, 1]] for i in kept], spans=[spans[i][k.key] for i, k in zip(kept, found)])
 
 # %% ../nbs/07b_longppl.ipynb #d6a855ac
 @dataclass(frozen=True)

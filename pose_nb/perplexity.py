@@ -87,6 +87,11 @@ def tokens_per_forward(
     if chunk is not None: return _integer(chunk, 'chunk')
     return int(min(2048, max(128, 2**27 // model.config.get_text_config().vocab_size)))
 
+def _forget_lengths(model):
+    "Let dynamic NTK forget the longest text it has read, or a window's frequencies would depend on the windows before it."
+    for m in model.modules():
+        for name in [n for n in vars(m) if n.endswith('max_seq_len_cached')]: setattr(m, name, 0)
+
 def _length_dependent(config):
     "Whether rotary frequencies change with the length read, as in dynamic NTK, so that cached keys would be stale."
     p = getattr(config.get_text_config(), 'rope_parameters', None) or {}
@@ -110,6 +115,7 @@ def score_window(
     "NLL of the scored tokens of each window, reading `chunk` tokens at a time with a key-value cache. Raises `PoseError` if nothing can be scored so."
     n, device = ids.shape[1], next(model.parameters()).device
     at, step = _scored_at(scored, n), n if chunk is None or _length_dependent(model.config) else min(chunk, n)
+    _forget_lengths(model)
     cache, out, ids = (DynamicCache(config=model.config) if step < n else None), [], ids.to(device)
     for i in range(0, n, step):
         j = min(i + step, n)
@@ -462,8 +468,10 @@ def context_gain(
 
 def _gain(short, long):
     scored = [np.isfinite(t) for t in short.token_nll]
-    check(all(np.array_equal(s, np.isfinite(t)) for s, t in zip(scored, long.token_nll)), f"lengths {short.length} and {long.length} score different tokens, as the protocol '{long.protocol}' does; compare them with context_perplexity or perplexity.")
-    sums, counts = np.array([(a - b)[s].sum() for a, b, s in zip(short.token_nll, long.token_nll, scored)]), np.array([s.sum() for s in scored])
+    check(all(np.array_equal(s, np.isfinite(t)) for s, t in zip(scored, long.token_nll)),
+          f"lengths {short.length} and {long.length} score different tokens, as the protocol '{long.protocol}' does; compare them with context_perplexity or perplexity.")
+    sums = np.array([(a - b)[s].sum() for a, b, s in zip(short.token_nll, long.token_nll, scored)])
+    counts = np.array([s.sum() for s in scored])
     gain, se, ends = mean_over_documents(sums, counts)
     return ContextGain(long.length, short.length, len(sums), int(counts.sum()), gain, se, ends, int((sums > 0).sum()), (sums / counts).tolist())
 
@@ -493,5 +501,5 @@ def reading_flops(
     total = 0.
     for *_, parts in readings:
         scored = _mask(parts, head); n = len(scored)
-        total += 2. * inner * n + 2. * layers * width * n**2 + 2. * width * vocab * (n if all_rows else scored.sum())
+        total += 2. * inner * n + 2. * layers * width * n**2 + 2. * width * vocab * (n if all_rows else int(scored.sum()))
     return total

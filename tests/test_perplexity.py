@@ -1,12 +1,16 @@
-import copy, json, math
+import copy, json, math, os, signal, socket, subprocess, sys
+from pathlib import Path
 
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from pose_nb.common import PoseError
-from pose_nb.perplexity import (bos_of, check_lengths, context_lengths, context_perplexity, evaluating, mean_over_documents, nll_by_position,
-                                perplexity, score_window, tokens_per_forward, windows)
+from pose_nb.perplexity import (PerplexityResult, PerplexityRow, bos_of, check_lengths, context_gain, context_lengths, context_perplexity, evaluating, gain_plot,
+                                mean_over_documents, nll_by_position, perplexity, pool, position_plot, reading_flops, readings, score_window, tokens_per_forward,
+                                tokens_read, truncated_perplexity, windows)
+sys.path.insert(0, str(Path(__file__).parent/'bench'))
+import bench
 
 torch.set_num_threads(1)
 V = 50
@@ -220,3 +224,224 @@ def test_other_bad_requests():
     broken = llama(); broken.lm_head.weight.data[:] = float('nan')
     with pytest.raises(PoseError, match='not a finite'): perplexity(broken, D, 16)
     assert check_lengths(64) == (64,) and check_lengths([np.int64(8), 16]) == (8, 16) and math.isclose(perplexity(llama(), [D[0].tolist()], 16).ppl[16], perplexity(llama(), [torch.tensor(D[0])], 16).ppl[16])
+
+
+# ── against a naive reference: every window by itself, in one piece, with all its logits ──
+def naive(model, documents, length, stride, bos):
+    "NLL of every token of every document."
+    out, head = [], [] if bos is None else [bos]
+    for d in documents:
+        nll, done = np.full(len(d), np.nan), 0
+        for b in range(0, len(d), stride):
+            e = min(b + length - len(head), len(d))
+            x = torch.tensor(np.r_[head, d[b:e]].astype(np.int64))[None]
+            fresh = copy.deepcopy(model) if model.config.rope_parameters['rope_type'] == 'dynamic' else model     # it remembers what it has read
+            with torch.inference_mode(): losses = -fresh(x).logits[0, :-1].log_softmax(-1).gather(-1, x[0, 1:, None])[:, 0].double().numpy()
+            every = losses if head else np.r_[np.nan, losses]
+            nll[done:e] = every[done - b:]
+            done = e
+            if e == len(d): break
+        out.append(nll)
+    return out
+
+def same(a, b, eps): return all(np.allclose(x, y, atol=eps, rtol=0, equal_nan=True) for x, y in zip(a, b, strict=True))
+
+DOUBLE = llama().double()
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_any_request_equals_the_naive_reference(data):
+    "Any window, stride, BOS, number of lengths, batch and chunk."
+    draw = lambda *a: data.draw(st.integers(*a))
+    model, eps = data.draw(st.sampled_from([(llama(), 1e-5), (DOUBLE, 1e-9)]))
+    lengths = sorted({draw(2, 50) for _ in range(draw(1, 3))})
+    bos = data.draw(st.sampled_from([None, 7, False]))
+    stride = data.draw(st.one_of(st.none(), st.integers(1, lengths[0] - (bos is not False))))
+    ds = docs(*[draw(1, 70) for _ in range(draw(1, 3))], lengths[-1], seed=draw(0, 99))
+    ds = [np.where(d == 7, 8, d) for d in ds]
+    r = perplexity(model, ds, lengths, stride, bos, keep_short=True, chunk=draw(1, 120))
+    token = {None: 0, 7: 7, False: None}[bos]
+    for row in r.rows:
+        want = naive(model, ds, row.length, stride or max(1, row.length // 2), token)
+        assert row.bos == token and same(row.token_nll, want, eps) and row.scored == np.isfinite(np.concatenate(want)).sum()
+        assert row.nll == pytest.approx(np.nanmean(np.concatenate(want)), abs=eps)
+
+
+@pytest.mark.parametrize('make', [llama, qwen3, gemma2, mistral, dynamic, longrope])
+def test_shared_beginnings_change_no_number(make):
+    "Also with sliding-window attention, and where nothing may be shared because frequencies follow the length."
+    m, ds = make(), docs(100, 90)
+    for stride in (None, 8):
+        r = perplexity(m, ds, (16, 32, 64), stride)
+        for row in r.rows: assert same(row.token_nll, naive(make(), ds, row.length, stride or row.length // 2, 0), 1e-5), (row.length, stride)
+    cut = truncated_perplexity(m, ds, (16, 32, 64))
+    for row in cut.rows: assert same(row.token_nll, [np.r_[a, np.full(len(d) - row.length + 1, np.nan)] for a, d in zip(naive(make(), [d[:row.length - 1] for d in ds], row.length, row.length - 1, 0), ds)], 1e-5)
+
+
+def test_dynamic_ntk_does_not_remember_what_it_read_before():
+    m, d = dynamic(), docs(90)
+    first = perplexity(m, d, 48).rows[0]
+    perplexity(m, d, 80)
+    assert perplexity(m, d, 48).rows[0] == first
+
+
+@pytest.mark.parametrize('make,rows', [(llama, 2), (dynamic, 6)])
+def test_what_is_read_once_and_what_is_not(make, rows):
+    "Lengths that begin at the same token are one reading, except where frequencies follow the length."
+    m, seen = make(), []
+    m.model.register_forward_pre_hook(lambda module, args, kw: seen.append(kw['input_ids'].shape), with_kwargs=True)
+    r = truncated_perplexity(m, docs(80, 80), (16, 32, 64), chunk=1000)
+    assert sum(a for a, _ in seen) == rows
+    assert [x.scored for x in r.rows] == [30, 62, 126] and [x.stride for x in r.rows] == [None] * 3 and {x.protocol for x in r.rows} == {'truncated'}
+
+
+@given(st.integers(1, 200), st.lists(st.integers(2, 60), min_size=1, max_size=3, unique=True), st.integers(1, 60), st.booleans())
+def test_readings_serve_every_plan(T, lengths, stride, bos):
+    head = int(bos)
+    plans = [[(0, *w) for w in windows(T, n, min(stride, n))] for n in lengths]
+    together, apart = readings(plans, head), readings(plans, head, share=False)
+    for rs in (together, apart):
+        scored = [sorted(t for _, b, parts in rs for k, lo, hi in parts if k == j for t in range(b + lo, b + hi)) for j in range(len(plans))]
+        assert scored == [[t for _, b, e, s in p for t in range(max(e - s, b + 1 - head), e)] for p in plans]
+    assert len({b for _, b, _ in together}) == len(together) and tokens_read(together, head) <= tokens_read(apart, head)
+    if all(n >= stride for n in lengths): assert {b for _, b, _ in together} <= set(range(0, T, stride))
+
+
+def test_the_counted_work_is_what_torch_counts():
+    from torch.utils.flop_counter import FlopCounterMode
+    m = llama(attn_implementation='eager')
+    size = dict(inner=sum(p.numel() for n, p in m.named_parameters() if p.ndim > 1 and 'embed' not in n and 'lm_head' not in n), layers=2, width=32, vocab=V)
+    n = 60
+    with FlopCounterMode(display=False) as seen, torch.inference_mode(): score_window(m, torch.tensor(docs(n)[0])[None], 20)
+    causal = 2 * 2 * 32 * n**2                                   # eager attention multiplies the masked half too
+    assert seen.get_total_flops() - causal == reading_flops([(0, 0, ((0, n - 20, n),))], head=0, **size)
+
+
+# ── last tokens, positions, gains, pooling ──
+def test_a_gain_is_paired_by_document():
+    m, ds = llama(), docs(80, 90, 70)
+    r = context_perplexity(m, ds, (8, 20, 60), last=5)
+    gains = context_gain(r)
+    assert [(g.against, g.length, g.documents, g.scored) for g in gains] == [(8, 20, 3, 15), (8, 60, 3, 15)]
+    for g in gains:
+        d = np.array([np.nansum(a - b) / 5 for a, b in zip(r[8].token_nll, r[g.length].token_nll)])
+        assert g.gain == pytest.approx(d.mean()) and g.stderr == pytest.approx(d.std(ddof=1) / math.sqrt(3)) and np.allclose(g.per_document, d)
+        assert g.better == (d > 0).sum() and g.interval[0] < g.gain < g.interval[1] and 'per_document' not in g.to_dict()
+    assert [g.length for g in context_gain(r, against=20)] == [60] and context_gain(context_perplexity(m, ds[:1], (8, 20), last=5))[0].interval is None
+    gain_plot({'base': gains}, window=20)
+    uniform = llama(); torch.nn.init.zeros_(uniform.lm_head.weight)
+    assert all(g.gain == pytest.approx(0, abs=1e-7) for g in context_gain(perplexity(uniform, ds, (8, 32))))
+
+
+def test_positions_carry_intervals_over_documents():
+    row = perplexity(llama(), docs(100, 77, 90), 32, stride=8).rows[0]
+    p = nll_by_position(row, 'document')
+    for b in p:
+        hit = [np.floor(np.log2(np.arange(len(t)) + 1)).astype(int) == int(math.log2(b['position'])) for t in row.token_nll]
+        mean, _, (low, high) = mean_over_documents(*zip(*[(t[h].sum(), h.sum()) for t, h in zip(row.token_nll, hit)]))
+        assert (b['nll'], b['low'], b['high']) == pytest.approx((mean, low, high))
+    alone = nll_by_position(perplexity(llama(), docs(100), 32).rows[0])
+    assert all(b['low'] is None and b['high'] is None for b in alone)
+    position_plot({'base': p, 'pose': alone}, window=16)
+
+
+def test_the_window_index_of_last_tokens_is_what_was_read_before_them():
+    r = context_perplexity(llama(), docs(80, 90), (16, 64), last=4)
+    assert [round(b['position']) for n in (16, 64) for b in nll_by_position(r[n], per_octave=9)] and nll_by_position(r[16])[-1]['position'] <= 15 < 60 < nll_by_position(r[64])[-1]['position'] <= 63
+    assert nll_by_position(truncated_perplexity(llama(), docs(80), 64).rows[0])[-1]['position'] < 64
+
+
+def test_pooling_is_measuring_together():
+    m, ds = llama(), docs(100, 64, 80)
+    for measure in (lambda d: perplexity(m, d, (8, 16, 60), chunk=1), lambda d: truncated_perplexity(m, d, (8, 60), chunk=1), lambda d: context_perplexity(m, d, (8, 60), last=3, chunk=1)):
+        whole, pooled = measure(ds), pool(measure([d]) for d in ds)
+        assert pooled.rows == whole.rows                                         # bit by bit, with one reading per forward pass
+        for a, b in zip(pooled.rows, whole.rows): assert same(a.token_nll, b.token_nll, 0)
+        assert pool([pool([measure(ds[:2])]), measure(ds[2:])]).rows == whole.rows
+    stored = [PerplexityResult([PerplexityRow(**json.loads(json.dumps(r.to_dict())), token_nll=r.token_nll) for r in perplexity(m, [d], (8, 60), chunk=1).rows]) for d in ds]
+    assert pool(stored).rows == perplexity(m, ds, (8, 60), chunk=1).rows
+
+
+def test_only_like_with_like_is_pooled():
+    m, ds = llama(), docs(64, 64)
+    one = perplexity(m, ds[:1], (8, 16))
+    for other in (perplexity(m, ds, (8, 32)), perplexity(m, ds, (8, 16), stride=2), perplexity(m, ds, (8, 16), bos=False), truncated_perplexity(m, ds, (8, 16))):
+        with pytest.raises(PoseError, match='measured alike'): pool([one, other])
+    with pytest.raises(PoseError, match='measured alike'): pool([context_perplexity(m, ds, (8, 16), last=k) for k in (3, 4)])
+    with pytest.raises(PoseError, match='no results'): pool([])
+    bare = PerplexityResult([PerplexityRow(**r.to_dict()) for r in one.rows])
+    for f in (lambda: pool([bare]), lambda: context_gain(bare), lambda: nll_by_position(bare.rows[0])):
+        with pytest.raises(PoseError, match='no NLL per token'): f()
+    with pytest.raises(PoseError, match='score different tokens'): context_gain(truncated_perplexity(m, ds, (8, 16)))
+    with pytest.raises(PoseError, match='nothing is longer'): context_gain(perplexity(m, ds, 16))
+    with pytest.raises(PoseError, match='up to 65'): truncated_perplexity(m, ds, 128)
+
+
+# ── memory ──
+@pytest.mark.parametrize('measure', [perplexity, truncated_perplexity, lambda *a, **kw: context_perplexity(*a, last=6, **kw)])
+def test_no_logits_beyond_a_chunk(measure):
+    m, seen = llama(), []
+    m.lm_head.register_forward_hook(lambda module, args, out: seen.append(out.shape[:-1].numel()))
+    for chunk in (1, 7, 50):
+        seen.clear(); measure(m, docs(100, 100, 64, 64), (8, 32, 64), chunk=chunk)
+        assert 0 < max(seen) <= chunk
+
+
+@pytest.mark.skipif(not Path('/proc/self/clear_refs').exists(), reason='peak memory is read from /proc')
+def test_memory_of_a_window_of_16k_tokens_and_32k_vocabulary():
+    assert bench.peak_of('perplexity', 'ours') <= .3 * bench.peak_of('perplexity', 'official')
+
+
+def test_the_benchmark_compares_the_same_number():
+    m, ds = bench.reader('layers'), bench.reading_documents('layers', 300, 2)
+    for n, s in ((64, 32), (128, 10)): assert bench.official_perplexity(m, ds, n, s) == pytest.approx(perplexity(m, ds, n, s).ppl[n], rel=1e-6)
+    assert bench.flops_ratio('vocabulary', ds, (64,), 32) > bench.flops_ratio('layers', ds, (64,), 32) > 1
+
+
+# ── several processes ──
+WORKER = """
+import sys, numpy as np, torch
+torch.set_num_threads(1)
+sys.path.insert(0, sys.argv[1])
+from test_perplexity import PoseError, context_perplexity, docs, llama, perplexity, truncated_perplexity
+from pose_nb.engines import join, leave
+state = join()
+assert state.num_processes == 2
+def nlls(r): return [t for row in r.rows for t in row.token_nll]
+m, ds = llama(), docs(100, 64, 80, 64)
+found = [nlls(f(m, ds, (8, 16, 60), shared=True, chunk=100)) for f in (perplexity, truncated_perplexity, lambda *a, **kw: context_perplexity(*a, last=5, **kw))]
+np.savez(f'{sys.argv[2]}/{state.process_index}.npz', *[t for f in found for t in f])
+broken = llama(); broken.lm_head.weight.data[:] = float('nan')
+try: perplexity(broken, ds, 16, shared=True)
+except PoseError as e: assert 'finite' in str(e)
+else: leave(3)
+leave(0)
+"""
+
+def test_two_processes_give_the_numbers_of_one(tmp_path):
+    (tmp_path/'worker.py').write_text(WORKER)
+    here = Path(__file__).parent
+    with socket.socket() as free: free.bind(('127.0.0.1', 0)); port = free.getsockname()[1]
+    words = [sys.executable, '-m', 'accelerate.commands.launch', '--config_file', here.parent/'configs'/'accelerate'/'ddp.yaml', '--num_processes', 2, '--main_process_port', port, tmp_path/'worker.py', here, tmp_path]
+    job = subprocess.Popen([str(w) for w in words], env=os.environ | dict(OMP_NUM_THREADS='1', PYTHONPATH=str(here.parent)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    try: out, _ = job.communicate(timeout=150)
+    finally: job.poll() is None and os.killpg(job.pid, signal.SIGKILL)
+    assert job.returncode == 0, out[-3000:]
+    m, ds = llama(), docs(100, 64, 80, 64)
+    alone = [t for f in (perplexity, truncated_perplexity, lambda *a, **kw: context_perplexity(*a, last=5, **kw)) for row in f(m, ds, (8, 16, 60), chunk=100).rows for t in row.token_nll]
+    for i in (0, 1):
+        got = np.load(tmp_path/f'{i}.npz')
+        assert len(got.files) == len(alone) and all(np.array_equal(got[f'arr_{k}'], t, equal_nan=True) for k, t in enumerate(alone))
+
+
+def test_the_bar_counts_every_token(monkeypatch):
+    import pose_nb.perplexity as module
+    seen = []
+    class Bar:
+        def __init__(self, total, **kw): self.n, self.total = 0, total; seen.append(self)
+        def __enter__(self): return self
+        def __exit__(self, *a): pass
+        def update(self, k): self.n += k
+    monkeypatch.setattr(module, 'tqdm', Bar)
+    perplexity(llama(), docs(100, 64), (8, 16, 60), progress=True)
+    assert seen[0].n == seen[0].total > 0

@@ -222,9 +222,75 @@ def bench_loss():
     return rows
 
 
+def official_perplexity(model, documents, length, stride, bos=0):
+    "Perplexity as released loops measure it: one window at a time, BOS in front, logits of every token, labels -100 before the scored ones."
+    total = scored = 0
+    for d in documents:
+        done = 0
+        for begin in range(0, len(d), stride):
+            end = min(begin + length - 1, len(d)); fresh = end - done
+            ids = torch.tensor(np.r_[bos, d[begin:end]], device=model.device)[None]
+            labels = ids.clone(); labels[:, :-fresh] = -100
+            with torch.no_grad(): total += model(ids, labels=labels).loss.item() * fresh
+            scored, done = scored + fresh, end
+            if end == len(d): break
+    return float(np.exp(total / scored))
+
+
+READERS = dict(vocabulary=dict(vocab_size=32_000, hidden_size=128, intermediate_size=352, num_hidden_layers=3), layers=dict(vocab_size=1024, hidden_size=128, intermediate_size=352, num_hidden_layers=6))
+PROTOCOLS = [((1024,), None), ((1024,), 256), ((256, 512, 1024), None), ((256, 512, 1024), 128)]    # lengths, stride; None is half of each length
+
+def reader(kind, longest=1024):
+    "A small Llama to be measured: most of its work in the output matrix (`vocabulary`) or in its layers (`layers`)."
+    from transformers import LlamaConfig, LlamaForCausalLM
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**READERS[kind], num_attention_heads=4, max_position_embeddings=longest, bos_token_id=0)).to('cuda' if CUDA else 'cpu').eval()
+
+
+def reading_documents(kind, tokens, n=1): return [np.random.default_rng(i).integers(2, READERS[kind]['vocab_size'], tokens) for i in range(n)]
+
+
+def flops_ratio(kind, documents, lengths, stride):
+    "Work of the released loop over the work of `perplexity`, counted: what one could gain at most if all work took the same time."
+    from pose_nb.perplexity import reading_flops, readings, windows
+    c = READERS[kind]; width = c['hidden_size']
+    size = dict(inner=c['num_hidden_layers'] * (4 * width**2 + 3 * width * c['intermediate_size']), layers=c['num_hidden_layers'], width=width, vocab=c['vocab_size'])
+    plans = [[(i, *w) for i, d in enumerate(documents) for w in windows(len(d), n - 1, stride or n // 2)] for n in lengths]
+    return reading_flops(readings(plans, share=False), all_rows=True, **size) / reading_flops(readings(plans), **size)
+
+
+def bench_perplexity(repeats):
+    "The released way of measuring perplexity against `perplexity`: time in one run, and the counted work that bounds it."
+    from pose_nb.perplexity import perplexity
+    rows = []
+    for kind in READERS:
+        model, documents = reader(kind), reading_documents(kind, 2048, 2)
+        for lengths, stride in PROTOCOLS:
+            seen = {}
+            def official(): seen['official'] = [official_perplexity(model, documents, n, stride or n // 2) for n in lengths]
+            def ours(): seen['ours'] = list(perplexity(model, documents, lengths, stride, progress=False).ppl.values())
+            t = interleaved(dict(official=official, ours=ours), repeats, warm=1)
+            rows.append(dict(work_in=kind, lengths=lengths, stride=stride or 'half', speed=paired_ratio(t['official'], t['ours']), counted=flops_ratio(kind, documents, lengths, stride),
+                             difference=max(abs(a / b - 1) for a, b in zip(seen['official'], seen['ours']))))
+    peak = {k: peak_of('perplexity', k) for k in ('official', 'ours')}
+    return dict(time=rows, memory=dict(tokens=16_384, vocabulary=32_000, **{f'{k}_mib': v for k, v in peak.items()}, ratio=peak['ours'] / peak['official']))
+
+
+def peak_perplexity(kind, tokens=16_384):
+    "Peak memory of one window of 16,384 tokens at a vocabulary of 32,000: `model(ids, labels=ids)` or `perplexity`."
+    from pose_nb.perplexity import perplexity
+    READERS['tiny'] = dict(vocab_size=32_000, hidden_size=32, intermediate_size=64, num_hidden_layers=1)
+    model, (document,) = reader('tiny', tokens), reading_documents('tiny', tokens - 1)
+    ids = torch.tensor(np.r_[0, document], device=model.device)[None]
+    def official():
+        with torch.no_grad(): model(ids, labels=ids)
+    return peak_above(official if kind == 'official' else lambda: perplexity(model, [document], tokens, progress=False), 1)
+
+
 def peak_of_words(what, kind):
     if what.startswith('loss'): return peak_loss(kind, vocab=int(what.split('-')[1]))
     if what == 'loop': globals()['VOCAB'] = 32_000; data = small_data(); LOOPS[kind](data, 1); return peak_above(lambda: LOOPS[kind](data, 4), 1)
+    if what == 'perplexity': return peak_perplexity(kind)
     return peak_step(what, kind)
 
 
@@ -240,7 +306,7 @@ def main():
     if a.peak: return print(peak_of_words(*a.peak))
     from pose_nb.common import environment
     k = 3 if a.quick else 1
-    results = dict(steps=bench_steps(9 // k), overhead=bench_overhead(150 // k**3), loops=bench_loops(10 // k), draw=bench_draw(40 // k), loss=bench_loss(), environment=environment())
+    results = dict(steps=bench_steps(9 // k), overhead=bench_overhead(150 // k**3), loops=bench_loops(10 // k), draw=bench_draw(40 // k), loss=bench_loss(), perplexity=bench_perplexity(9 // k), environment=environment())
     text = json.dumps(results, indent=2)
     if a.out: Path(a.out).write_text(text + '\n')
     print(text)
