@@ -21,7 +21,7 @@ from transformers.cache_utils import DynamicLayer
 
 from .common import check
 from .engines import shared_map
-from .perplexity import _bar, _integer, _length_dependent, check_lengths, evaluating
+from .perplexity import _bar, _forget_lengths, _integer, _length_dependent, check_lengths, evaluating
 from .plots import length_plot, table, token_label
 
 # %% ../nbs/08a_answers.ipynb #b1fe5422
@@ -109,6 +109,7 @@ def prefill(
     "Read prompts in pieces and keep their keys and values."
     cache, n = DynamicCache(config=model.config) if cache is None else cache, ids.shape[1]
     step = n if _length_dependent(model.config) else chunk
+    if start == 0: _forget_lengths(model)
     for i in range(start, n, step): logits = _read(model, ids[:, i:i + step], i, cache, keep=1)
     return logits[:, -1], cache
 

@@ -76,6 +76,13 @@ VERBS = {('demo',): ('workflow.demo', 'the whole story, offline, on a CPU, in mi
          ('doctor',): ('workflow.doctor', 'will it load, and rotate the same, elsewhere?'),
          ('eval', 'ppl'): ('evaluate.eval_ppl', 'perplexity at several lengths'),
          ('eval', 'passkey'): ('evaluate.eval_passkey', 'find a number hidden far away'),
+         ('eval', 'needle'): ('evaluate.eval_needle', 'find sentences hidden in running text'),
+         ('eval', 'lines'): ('evaluate.eval_lines', 'find the number in one of many lines (LongChat)'),
+         ('eval', 'kv'): ('evaluate.eval_kv', 'find the value of one of many random keys'),
+         ('eval', 'ruler'): ('evaluate.eval_ruler', "RULER's tasks, and the effective length"),
+         ('eval', 'longppl'): ('evaluate.eval_longppl', 'perplexity of the tokens that need far context'),
+         ('eval', 'short'): ('evaluate.eval_short', 'standard benchmarks, through lm-evaluation-harness'),
+         ('eval', 'all'): ('evaluate.eval_all', 'every test that fits, in one report; resumes'),
          ('coverage',): ('workflow.coverage_report', 'which relative distances training meets')}
 
 def usage()->str: # The text of `pose_nb --help`
