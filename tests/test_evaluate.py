@@ -9,7 +9,8 @@ import pose_nb.evaluate as evaluate
 from conftest import make_texts
 from pose_nb.answers import wilson
 from pose_nb.common import PoseError, read_json, write_json
-from pose_nb.evaluate import AnswerTest, PerplexityTest, Pieces, Subject, eval_passkey, eval_ppl, mark_difference, measure, model_hash
+from pose_nb.evaluate import AnswerTest, PerplexityTest, Pieces, Subject, eval_passkey, eval_ppl, mark_difference, measure, model_hash, newcombe
+from pose_nb.harness import paired_interval
 from pose_nb.retrieval import Passkey
 
 
@@ -85,21 +86,27 @@ def test_pooled_documents_equal_documents_measured_together(model, tmp_path):
             assert row['ppl'] == pytest.approx(want.ppl, rel=1e-6) and (row['low'], row['high']) == pytest.approx(want.interval, rel=1e-5) and row['scored'] == want.scored
 
 
-def test_the_interval_of_a_difference_is_newcombes():
+def test_newcombes_interval():
     for (a, n), (b, m) in (((56, 70), (48, 80)), ((9, 10), (3, 10)), ((0, 10), (10, 10)), ((10, 10), (10, 10))):
-        d, low, high = mark_difference([1] * a + [0] * (n - a), [1] * b + [0] * (m - b))
+        d, low, high = mark_difference([1] * a + [0] * (n - a), [1] * b + [0] * (m - b), paired=False)
         assert d == pytest.approx(b / m - a / n) and -1 <= low <= d <= high <= 1 and low < high
-    assert mark_difference([1] * 48 + [0] * 32, [1] * 56 + [0] * 14) == pytest.approx((.2, .0524, .3339), abs=1e-4)     # Newcombe 1998, table II (a), method 10
+    assert newcombe([1] * 48 + [0] * 32, [1] * 56 + [0] * 14) == pytest.approx((.0524, .3339), abs=1e-4)     # Newcombe 1998, table II (a), method 10
 
 
-def test_the_interval_of_a_difference_covers():
+def test_which_interval_is_taken():
+    assert mark_difference([1, 0, 1], [1, 1, 1])[1:] == paired_interval(np.array([1, 0, 1.]), np.ones(3))
+    for a, b, paired in (([1, 0, 1], [1, 1, 1], False), ([1, .5, 1], [1, 1, 1], True)): assert mark_difference(a, b, paired)[1:] == newcombe(a, b)
+
+
+@pytest.mark.parametrize('paired', [True, False])
+def test_the_interval_of_a_difference_covers(paired):
     rng, hits = np.random.default_rng(0), 0
     for _ in range(400):
         both = rng.random(30)                                          # the same questions: marks that go together
-        a, b = both < .5, (both + rng.normal(0, .1, 30)) < .7
-        d, low, high = mark_difference(a.astype(float).tolist(), b.astype(float).tolist())
+        a, b = (both < .5).astype(float), (np.where(rng.random(30) < .5, both, rng.random(30)) < .7).astype(float)
+        _, low, high = mark_difference(a.tolist(), b.tolist(), paired)
         hits += low <= .2 <= high
-    assert hits >= 380
+    assert hits >= 370
 
 
 def test_perplexities_of_other_tokens_are_not_compared():

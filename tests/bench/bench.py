@@ -287,6 +287,43 @@ def peak_perplexity(kind, tokens=16_384):
     return peak_above(official if kind == 'official' else lambda: perplexity(model, [document], tokens, progress=False), 1)
 
 
+def official_replies(model, tokenizer, prompts, new_tokens=10):
+    "The released passkey loop: one prompt at a time, no cache, all logits, everything read again for each token."
+    out = []
+    for p in prompts:
+        x = torch.tensor([p.ids])
+        with torch.inference_mode():
+            for _ in range(new_tokens): x = torch.cat([x, model(x, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+        out.append(tokenizer.decode(x[0, len(p.ids):]))
+    return out
+
+
+def wide_model():
+    "A random model that is wide enough for its matrix products to outweigh attention at 1,024 tokens, as in large models."
+    from transformers import LlamaConfig, LlamaForCausalLM
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(vocab_size=1024, hidden_size=512, intermediate_size=1408, num_hidden_layers=2, num_attention_heads=8, max_position_embeddings=1024, initializer_range=.1)).eval()
+
+
+def bench_passkey(repeats, trials=20):
+    "Passkey retrieval: the released loop and ours on the same prompts, with the replies compared. The work that is saved bounds the speed."
+    from pose_nb.answers import answer, make_trials
+    from pose_nb.model import default_base, load_model, load_tokenizer
+    from pose_nb.retrieval import Passkey
+    base, tok, task, rows = load_model(default_base(), device='cpu'), load_tokenizer(default_base()), Passkey(), []
+    for name, model, length, depths in (('embedded base', base, 512, None), ('embedded base', base, 2048, None), ('embedded base', base, 2048, (0, .25, .5, .75, 1)), ('random, width 512', wide_model(), 1024, None)):
+        prompts = [t['prompt'] for t in make_trials(task, tok, (length,), depths, trials // len(depths or [0]), bos=tok.bos_token_id)]
+        replies, seen = {}, []
+        def ours(): replies['ours'] = [a['reply'] for a in answer(model, tok, task, prompts)]
+        def official(): replies['official'] = official_replies(model, tok, prompts)
+        times = interleaved(dict(official=official, ours=ours), repeats, warm=0)
+        same = sum(a.startswith(b) for a, b in zip(replies['official'], replies['ours']))          # ours stops when the answer is complete
+        hook = model.register_forward_pre_hook(lambda m, a, kw: seen.append(a[0].numel()), with_kwargs=True); ours(); hook.remove()
+        slow = sum(len(p.ids) + k for p in prompts for k in range(task.new_tokens))
+        rows.append(dict(model=name, length=length, depths='drawn' if depths is None else len(depths), prompts=len(prompts), speedup=paired_ratio(times['official'], times['ours']), fewer_tokens=slow / sum(seen), same_replies=same))
+    return rows
+
+
 def peak_of_words(what, kind):
     if what.startswith('loss'): return peak_loss(kind, vocab=int(what.split('-')[1]))
     if what == 'loop': globals()['VOCAB'] = 32_000; data = small_data(); LOOPS[kind](data, 1); return peak_above(lambda: LOOPS[kind](data, 4), 1)
@@ -306,7 +343,7 @@ def main():
     if a.peak: return print(peak_of_words(*a.peak))
     from pose_nb.common import environment
     k = 3 if a.quick else 1
-    results = dict(steps=bench_steps(9 // k), overhead=bench_overhead(150 // k**3), loops=bench_loops(10 // k), draw=bench_draw(40 // k), loss=bench_loss(), perplexity=bench_perplexity(9 // k), environment=environment())
+    results = dict(steps=bench_steps(9 // k), overhead=bench_overhead(150 // k**3), loops=bench_loops(10 // k), draw=bench_draw(40 // k), loss=bench_loss(), passkey=bench_passkey(3 // k), perplexity=bench_perplexity(9 // k), environment=environment())
     text = json.dumps(results, indent=2)
     if a.out: Path(a.out).write_text(text + '\n')
     print(text)
