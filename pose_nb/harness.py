@@ -6,7 +6,7 @@
 __all__ = ['TABLE3', 'write_task', 'check_rotation', 'mean_interval', 'ShortRow', 'ShortResult', 'short_tasks', 'paired_interval',
            'ShortDifference', 'ShortComparison', 'compare_short', 'eval_short']
 
-# %% ../nbs/12_harness.ipynb #6d3e7162
+# %% ../nbs/12_harness.ipynb #603000ad
 import copy, difflib, functools, hashlib, importlib.metadata, importlib.util, io, json, logging, math, random, sys
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field, fields
@@ -28,7 +28,7 @@ from .plots import color, table, use_style
 from .retrieval import wilson
 from .workflow import _save_eval
 
-# %% ../nbs/12_harness.ipynb #13b77fab
+# %% ../nbs/12_harness.ipynb #9489fca4
 TABLE3 = {'boolq':          dict(column='BoolQ',      shots=0,  metric='acc'),
           'piqa':           dict(column='PIQA',       shots=0,  metric='acc'),
           'winogrande':     dict(column='WinoGrande', shots=0,  metric='acc'),
@@ -36,7 +36,7 @@ TABLE3 = {'boolq':          dict(column='BoolQ',      shots=0,  metric='acc'),
           'arc_challenge':  dict(column='ARC-C',      shots=25, metric='acc_norm'),
           'hellaswag':      dict(column='HellaSwag',  shots=10, metric='acc_norm')}
 
-# %% ../nbs/12_harness.ipynb #72d481fa
+# %% ../nbs/12_harness.ipynb #159f956a
 _NEEDED = '0.4.13'
 
 def _check_harness():
@@ -45,7 +45,7 @@ def _check_harness():
     found = importlib.metadata.version('lm_eval')
     check(Version(found) >= Version(_NEEDED), f"lm_eval {found} is too old; install {_NEEDED} or later with: pip install -U 'pose_nb[eval]'.")
 
-# %% ../nbs/12_harness.ipynb #e863c846
+# %% ../nbs/12_harness.ipynb #ce2c0aa1
 @contextmanager
 def _quiet(progress):
     "Keep the harness from talking: no log lines, nothing on stdout, bars only where they are wanted."
@@ -64,7 +64,7 @@ def _seeded(seed):
         with torch.random.fork_rng(): random.seed(seed); np.random.seed(seed); torch.manual_seed(seed); yield
     finally: random.setstate(python); np.random.set_state(numpy)
 
-# %% ../nbs/12_harness.ipynb #c9232cce
+# %% ../nbs/12_harness.ipynb #127baa62
 def write_task(
     folder:str|Path,  # Where the task goes; give this folder as `include_path`
     name:str,         # Name of the task
@@ -86,7 +86,7 @@ def write_task(
         doc_to_text='{{question}}', doc_to_target='{{answer}}', doc_to_choice='{{choices}}', metadata=dict(version=1),
         metric_list=[dict(metric=m, aggregation='mean', higher_is_better=True) for m in ('acc', 'acc_norm')]))
 
-# %% ../nbs/12_harness.ipynb #b91bb6d7
+# %% ../nbs/12_harness.ipynb #4d3132d5
 _FOLDERS = ('super_glue', 'piqa', 'winogrande', 'truthfulqa', 'arc', 'hellaswag')    # where the six live
 
 @functools.cache
@@ -117,7 +117,7 @@ def _task_names(tasks):
     check(len(set(names)) == len(names), f"a task is named twice in {', '.join(names)}; name each once.")
     return names
 
-# %% ../nbs/12_harness.ipynb #f2175df2
+# %% ../nbs/12_harness.ipynb #c608986c
 _LOCAL = ('json', 'csv', 'text', 'parquet', 'arrow')
 
 def _read_questions(manager, name):
@@ -142,7 +142,7 @@ def _load_tasks(names, include_path, shots, seed):
         t.set_config('num_fewshot', _integer(k, 'shots', 0)); t.set_fewshot_seed(seed=seed)
     return tasks
 
-# %% ../nbs/12_harness.ipynb #3661e0a2
+# %% ../nbs/12_harness.ipynb #6d7ecb2b
 def check_rotation(
     model,       # A transformers model
     folder=None, # The folder it was loaded from; its `pose_nb.json` says how it must rotate
@@ -158,7 +158,7 @@ def check_rotation(
         check(same, f"{folder} was made with {want['scaling']} for {want['length']:,} tokens (pose_nb.json), but its config.json now says {info.scaling.name} for {info.length:,}; short questions would hide what the interpolation costs: restore config.json.")
     return dict(scaling=info.scaling.name, factor=float(getattr(info.scaling, 'factor', 1.)), original=info.original, length=info.length, recorded=bool(want))
 
-# %% ../nbs/12_harness.ipynb #2f1545ed
+# %% ../nbs/12_harness.ipynb #6fbc85bc
 def _agree(problem, shared):
     "Raise what is wrong; of several processes, all raise what is wrong in one, and the first says it."
     if shared: problem = next((p for p in gather_object([problem]) if p), None)
@@ -191,7 +191,7 @@ def _deal(asked, n):
     for i, r in enumerate(asked): parts[numbers.setdefault((r.task_name, r.doc_id), len(numbers)) % n].append(i)
     return parts
 
-# %% ../nbs/12_harness.ipynb #992d3e74
+# %% ../nbs/12_harness.ipynb #a9cb7dc6
 @functools.cache
 def _adapter():
     "The harness's adapter for transformers models, with checks."
@@ -212,7 +212,7 @@ def _adapter():
             return [found[i] for i in range(len(requests))]
     return Checked
 
-# %% ../nbs/12_harness.ipynb #e4ef22a7
+# %% ../nbs/12_harness.ipynb #2cc6e35f
 def _make_lm(model, tokenizer, bos, batch_size, truncate, shared):
     "The adapter around a model."
     adds = tokenizer('a', add_special_tokens=bos is not False)['input_ids']
@@ -224,7 +224,7 @@ def _make_lm(model, tokenizer, bos, batch_size, truncate, shared):
     lm.cutting, lm.cut, lm.with_bos, lm.shared = truncate, {}, bool(starts), shared
     return lm
 
-# %% ../nbs/12_harness.ipynb #35bd01a3
+# %% ../nbs/12_harness.ipynb #b9bb3494
 def _binary(v): return bool(np.isin(v, (0, 1)).all())
 
 def mean_interval(
@@ -254,7 +254,7 @@ class ShortRow:
 
     def to_dict(self): return {f.name: getattr(self, f.name) for f in fields(self) if f.name != 'values'}
 
-# %% ../nbs/12_harness.ipynb #5ff119de
+# %% ../nbs/12_harness.ipynb #9008903f
 @dataclass(frozen=True)
 class ShortResult:
     "What a model does on short questions, and how it was asked."
@@ -283,7 +283,7 @@ def _interval_plot(points, c, xlabel, ax=None, zero=False):
     ax.set(yticks=range(len(points)), yticklabels=[p[0] for p in points], xlabel=xlabel, ylim=(len(points) - .5, -.5))
     return ax
 
-# %% ../nbs/12_harness.ipynb #8ace1fc4
+# %% ../nbs/12_harness.ipynb #4855ae7f
 def _metrics(name, task):
     "The metrics of a task that are a mean over questions; of a column of Table 3, the one it prints."
     from lm_eval.api.metrics import mean
@@ -304,7 +304,7 @@ def _rows(name, task, metrics, samples, cut):
                                 mean_interval(v), len(v), len(cut.get(name, ())), (task.get_config('metadata') or {}).get('version'), digest, v))
     return out
 
-# %% ../nbs/12_harness.ipynb #6bd75483
+# %% ../nbs/12_harness.ipynb #8b968eda
 def _check_request(tasks, limit, seed, batch_size):
     "Refuse what cannot be asked; the names of the tasks."
     _integer(batch_size, 'batch_size')
@@ -343,11 +343,11 @@ def short_tasks(
     with _seeded(seed), evaluating(net), _quiet(progress):
         lm = _together(lambda: _make_lm(net, tok, bos, batch_size, truncate, shared), shared)
         from lm_eval.evaluator import evaluate
-        found = evaluate(lm, dict(tasks=loaded), limit=limit, bootstrap_iters=0)
+        found = evaluate(lm=lm, task_dict=dict(tasks=loaded), limit=limit, bootstrap_iters=0)
     protocol = dict(seed=seed, limit=limit, bos=lm.with_bos, dtype=str(net.dtype).removeprefix('torch.'), reads=lm.max_length, lm_eval=importlib.metadata.version('lm_eval'))
     return ShortResult([r for n, t in loaded.items() for r in _rows(n, t, metrics[n], found['samples'][n], lm.cut)], rotation, protocol)
 
-# %% ../nbs/12_harness.ipynb #37e6fb81
+# %% ../nbs/12_harness.ipynb #b0fa209a
 def paired_interval(
     base:np.ndarray,     # One value per question, float64, shape (questions,)
     extended:np.ndarray, # The same questions
@@ -359,7 +359,7 @@ def paired_interval(
     half = stats.norm.ppf(.975) * math.sqrt((worse + better - (better - worse)**2) / (n + 2))
     return float(max(better - worse - half, -1)), float(min(better - worse + half, 1))
 
-# %% ../nbs/12_harness.ipynb #b6f2560c
+# %% ../nbs/12_harness.ipynb #ae203312
 @dataclass(frozen=True)
 class ShortDifference:
     "One task and metric of two models that answered the same questions."
@@ -392,7 +392,7 @@ class ShortComparison:
         points = [(_label(self.rows, r), 100 * r.difference, None if r.low is None else (100 * r.low, 100 * r.high)) for r in self.rows]
         return _interval_plot(points, color(self.rotations['extended']['scaling']), 'extended - base, percentage points', ax, zero=True)
 
-# %% ../nbs/12_harness.ipynb #ef2e1b09
+# %% ../nbs/12_harness.ipynb #2f9938a0
 def _same_questions(base, extended):
     "Refuse a comparison of different questions."
     for k in ('seed', 'limit', 'bos', 'lm_eval'):
@@ -418,7 +418,7 @@ def compare_short(
         rows.append(ShortDifference(x.task, x.metric, x.shots, x.value, y.value, y.value - x.value, low, high, int((y.values < x.values).sum()), int((y.values > x.values).sum()), x.questions, max(x.truncated, y.truncated)))
     return ShortComparison(rows, dict(base=base.rotation, extended=extended.rotation), {k: v for k, v in extended.protocol.items() if k != 'reads'})
 
-# %% ../nbs/12_harness.ipynb #00993750
+# %% ../nbs/12_harness.ipynb #2d57c997
 def _saved(result, folder, title, note):
     "Write `eval/short.json` and its figure."
     use_style()

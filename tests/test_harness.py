@@ -355,3 +355,8 @@ def test_two_processes_ask_the_questions_of_one_and_both_get_the_numbers(checkpo
     assert one['rows'] == a['rows'] == b['rows']                                   # values, digests and counts of cut prompts
     assert one['says'] == a['says'] == b['says'] and (tmp_path/'out'/'eval'/'short.json').exists()
     assert one['said'][1] == a['said'][1] == b['said'][1] and [a['said'][0], b['said'][0]] == [False, True]
+
+
+def test_the_module_loads_without_the_harness():
+    code = "import sys, pose_nb.harness; print([m for m in sys.modules if m.split('.')[0] == 'lm_eval'])"
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT, timeout=120).stdout.strip().splitlines()[-1] == '[]'
