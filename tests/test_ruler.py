@@ -355,7 +355,9 @@ def test_several_tasks(tmp_path):
     assert d['threshold'] == .856 and d['tasks']['vt']['rows'][0]['protocol']['hops'] == 4 and d['scores']['average'] == {'700': 0., '900': 0.}
     assert got.table()['task'].tolist() == ['niah_single_1', 'fwe', 'vt', 'average'] and len(got.probabilities()) == 3
     ax = got.plot(); assert len(ax.lines) == 5; ax.figure.savefig(tmp_path/'x.svg')
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ['needles', 'variables', 'words']
     again = ruler(model, TOK, [mini('vt')], lengths=900, trials=2, progress=False)
+    again.plot().figure.savefig(tmp_path/'y.svg')
     assert [t['reply'] for t in again.answers['vt'].trials] == [t['reply'] for t in got.answers['vt'].trials if t['length'] == 900]
 
 
