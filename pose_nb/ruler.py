@@ -4,29 +4,29 @@
 
 # %% auto #0
 __all__ = ['ADJECTIVES', 'NOUNS', 'REPEAT', 'NEEDLE', 'NIAH', 'NIAH_PREFIX', 'DEPTHS', 'RULER', 'VT', 'VT_PREFIX', 'CWE',
-           'CWE_PREFIX', 'FWE', 'FWE_PREFIX', 'QA_TASK', 'QA_PREFIX', 'largest', 'Draft', 'continuation', 'tidy',
-           'found', 'RulerTask', 'key_words', 'singular', 'Niah', 'VariableTracking', 'list_words', 'CommonWords',
-           'zipf_counts', 'FrequentWords', 'questions', 'QA', 'ruler_task', 'weighted_mean', 'ruler_scores',
-           'RulerResult', 'ruler']
+           'CWE_PREFIX', 'FWE', 'FWE_PREFIX', 'QA_TASK', 'QA_PREFIX', 'KINDS', 'largest', 'Draft', 'continuation',
+           'tidy', 'found', 'RulerTask', 'key_words', 'singular', 'Niah', 'VariableTracking', 'list_words',
+           'CommonWords', 'zipf_counts', 'FrequentWords', 'questions', 'QA', 'ruler_task', 'weighted_mean',
+           'ruler_scores', 'RulerResult', 'ruler']
 
-# %% ../nbs/08d_ruler.ipynb #390313e8
+# %% ../nbs/08d_ruler.ipynb #fc3c67a1
 import json, random, re, string, uuid
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 from matplotlib import pyplot as plt
 from scipy.special import zeta
 
-from .answers import Answers, Prompt, Task, make_trials, reach, retrieve, share_found
-from .answers import _tokenizer_bos
+from .answers import Answers, Prompt, Task, _tokenizer_bos, make_trials, reach, retrieve, share_found
 from .common import PoseError, check, choose
 from .data import stdlib_documents
 from .perplexity import _integer, check_lengths
 from .plots import length_plot, table
 
-# %% ../nbs/08d_ruler.ipynb #2a44490e
+# %% ../nbs/08d_ruler.ipynb #0f174929
 def largest(
     count,          # Function of the units to the tokens of the prompt; grows with units
     budget:int,     # Tokens the prompt may have
@@ -35,18 +35,19 @@ def largest(
     most:int=None,  # Most units; None: as many as fit
 )->int|None: # Units; None if not even the fewest fit
     "The largest number of units that fits, by proportion; each look tokenises one prompt."
-    first = count(least)
+    first = below = count(least)
     if first > budget: return None
-    lo, hi, tokens, guess, looks = 0, (4 * budget if most is None else (most - least) // step) + 1, first, 4, 0
+    lo, hi, above, guess, looks = 0, (4 * budget if most is None else (most - least) // step) + 1, None, 4, 0
     while hi - lo > 1:
-        k = min(max(guess, lo + 1), hi - 1) if looks < 12 else (lo + hi) // 2
+        k = min(max(guess, lo + 1), hi - 1)
         seen, looks = count(least + k * step), looks + 1
-        if seen <= budget: lo, tokens = k, seen
-        else: hi = k
-        guess = lo + int((budget - tokens) * k / max(1, seen - first))
+        if seen <= budget: lo, below = k, seen
+        else: hi, above = k, seen
+        rate = (below - first) / lo if above is None else (above - below) / (hi - lo)
+        guess = (lo + hi) // 2 if looks > 7 and looks % 2 else min(lo + round((budget - below) / max(rate, .01)), 16 * k)      # halving makes the end certain
     return least + lo * step
 
-# %% ../nbs/08d_ruler.ipynb #4f9a10f4
+# %% ../nbs/08d_ruler.ipynb #8b539a35
 @dataclass(frozen=True)
 class Draft:
     "The words of a prompt, before they are tokens."
@@ -67,7 +68,7 @@ def continuation(
     before, both = _encode(tokenizer, prefix), _encode(tokenizer, prefix + answer)
     return both[len(before):] if both[:len(before)] == before else _encode(tokenizer, answer)
 
-# %% ../nbs/08d_ruler.ipynb #7ab12258
+# %% ../nbs/08d_ruler.ipynb #774ad230
 def tidy(
     reply:str,  # What the model wrote
 )->str: # What is marked
@@ -84,7 +85,7 @@ def found(
     if official: return share_found(reply, [reference]) == 1
     return re.search(rf'(?<!\w){re.escape(reference)}' + (r'(?=\W)' if closed else r'(?!\w)'), reply, re.IGNORECASE) is not None
 
-# %% ../nbs/08d_ruler.ipynb #aefc603f
+# %% ../nbs/08d_ruler.ipynb #2f07ed6d
 @dataclass(frozen=True)
 class RulerTask(Task):
     "What RULER's tasks share. A subclass says how many units there may be, and lays them out."
@@ -118,10 +119,10 @@ class RulerTask(Task):
     def finished(self, reply, prompt): return all(found(tidy(reply), r, self.official, closed=True) for r in prompt.references)
     def protocol(self):
         "Settings; a long text or list is told by its size."
-        short = lambda v: f'{len(v):,} {"characters" if isinstance(v, str) else "words"}' if isinstance(v, (str, tuple)) and len(v) > 200 else v
+        short = lambda v: f'{len(v):,} {"characters" if isinstance(v, str) else "words"}' if isinstance(v, (str, tuple, list)) and len(v) > 200 else v
         return dict(task=self.name) | {k: short(v) for k, v in asdict(self).items()}
 
-# %% ../nbs/08d_ruler.ipynb #62d74824
+# %% ../nbs/08d_ruler.ipynb #fedbd2ad
 ADJECTIVES = '''able ancient angry autumn basic bitter blank bold brave brief bright broad broken bronze busy calm careful cheap clean clear clever close cloudy
 cold common cool copper crisp curious curly damp dark dear deep dense dim distant double dry dull dusty eager early easy empty equal even exact fair faint famous
 fancy fast fierce final fine firm flat fond formal fragile free fresh frosty full funny gentle giant glad golden good grand grave great green grey happy hard hasty
@@ -157,7 +158,7 @@ def _story(text):
     words = ('\n'.join(stdlib_documents('heldout').values()) if text is None else text).split()
     return words, np.array([0] + [i + 1 for i, w in enumerate(words[:-1]) if w[-1] in '.!?'])
 
-# %% ../nbs/08d_ruler.ipynb #1a040c7a
+# %% ../nbs/08d_ruler.ipynb #0dee5496
 class _Draws:
     "Random keys and values; with `unique`, none twice."
     def __init__(self, seed, words, unique): self.rng, self.words, self.unique, self.seen = np.random.default_rng(seed), words, unique, set()
@@ -170,6 +171,12 @@ class _Draws:
         self.seen.add(x)
         return x
 
+def _one_of(value, known, what): check(value in known, f"unknown {what} {value!r}; choose one of: {', '.join(known)}.")
+
+def _check_words(words, least):
+    check(words is None or isinstance(words, (list, tuple)) and all(isinstance(w, str) and w.strip() for w in words) and len({w.lower() for w in words}) == len(words) >= least,
+          f"words must be a list of at least {least} strings, all different; None takes those of this package.")
+
 def _listed(items): return items[0] if len(items) == 1 else ', '.join(items[:-1]) + ', and ' + items[-1]
 
 def singular(
@@ -179,7 +186,7 @@ def singular(
     for a, b in (('Some', 'A'), ('are all', 'is'), ('are', 'is'), ('answers', 'answer')): template = template.replace(a, b)
     return template
 
-# %% ../nbs/08d_ruler.ipynb #326d6f23
+# %% ../nbs/08d_ruler.ipynb #aac01137
 DEPTHS = np.round(np.linspace(0, 100, 40)).astype(int)
 
 def _insert(units, needles, at):
@@ -203,10 +210,11 @@ class Niah(RulerTask):
     words:tuple=None         # What "words" are drawn from; None: pairs such as "brave-otter"
     def __post_init__(self):
         super().__post_init__()
-        for v, what, known in ((self.haystack, 'haystack', ('repeat', 'essay', 'needle')), *((k, 'kind of key or value', ('words', 'numbers', 'uuids')) for k in (self.key_type, self.value_type))): choose(v, dict.fromkeys(known), what)
+        _one_of(self.haystack, ('repeat', 'essay', 'needle'), 'haystack')
+        for kind in (self.key_type, self.value_type): _one_of(kind, ('words', 'numbers', 'uuids'), 'kind of key or value')
         for k in ('keys', 'values', 'queries'): _integer(getattr(self, k), k)
         check(self.text is None or isinstance(self.text, str) and self.text.split(), "text is empty; pass some sentences, or None for the standard library's.")
-        check(self.words is None or len(set(self.words)) == len(self.words) > 99, "words must be at least 100 different strings; None takes pairs such as brave-otter.")
+        _check_words(self.words, 100)
     def units(self, length):
         lines = len(self.words or key_words()) // 2 if self.haystack == 'needle' and 'words' in (self.key_type, self.value_type) else None
         if not self.official: return 1, 1, lines
@@ -254,13 +262,13 @@ class Niah(RulerTask):
             return Draft(text.format(type_v=kind, context=context, query=query), prefix.format(type_v=kind, query=query), ' ' + _listed(answers), answers, facts)
         return draft
 
-# %% ../nbs/08d_ruler.ipynb #d1bd0c55
+# %% ../nbs/08d_ruler.ipynb #b07dec42
 RULER = {t.name: t for t in (
     Niah(name='niah_single_1', haystack='repeat'), Niah(name='niah_single_2'), Niah(name='niah_single_3', value_type='uuids'),
     Niah(name='niah_multikey_1', keys=4), Niah(name='niah_multikey_2', haystack='needle'), Niah(name='niah_multikey_3', haystack='needle', key_type='uuids', value_type='uuids'),
     Niah(name='niah_multivalue', values=4), Niah(name='niah_multiquery', keys=4, queries=4))}
 
-# %% ../nbs/08d_ruler.ipynb #f66ab498
+# %% ../nbs/08d_ruler.ipynb #912939ea
 VT = "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n{context}\nQuestion: Find all variables that are assigned the value {query} in the text above."
 VT_PREFIX = " Answer: According to the chain(s) of variable assignment in the text above, {num_v} variables are assgined the value {query}, they are: "
 
@@ -321,7 +329,7 @@ class VariableTracking(RulerTask):
         example, draft = self._example(tokenizer, seed + 1), self._draft(seed, self.hops, 5)
         return lambda units: replace(d := draft(units), text=example + d.text)
 
-# %% ../nbs/08d_ruler.ipynb #99287d86
+# %% ../nbs/08d_ruler.ipynb #a0597997
 CWE = "Below is a numbered list of words. In these words, some appear more often than others. Memorize the ones that appear most often.\n{context}\nQuestion: What are the {common} most common words in the above list?"
 CWE_PREFIX = " Answer: The top {common} words that appear most often in the list are:"
 
@@ -347,7 +355,7 @@ class CommonWords(RulerTask):
     def __post_init__(self):
         super().__post_init__()
         _integer(self.common, 'common')
-        check(self.words is None or len(set(map(str.lower, self.words))) == len(self.words) >= 6 * self.common, f"words must be at least {6 * self.common} different strings; None takes words of the standard library.")
+        _check_words(self.words, 6 * self.common)
     def units(self, length):
         n = len(self.words or list_words())
         return (10 * -(-self.common // 10), 10, n) if self.official else (2 * self.common, 1, n - 4 * self.common)
@@ -368,7 +376,7 @@ class CommonWords(RulerTask):
             return Draft(text, prefix, _numbered(most), most, dict(units=units))
         return draft
 
-# %% ../nbs/08d_ruler.ipynb #a87f7c0e
+# %% ../nbs/08d_ruler.ipynb #55af1ea4
 FWE = "Read the following coded text and track the frequency of each coded word. Find the three most frequently appeared coded words. {context}\nQuestion: Do not provide any explanation. Please ignore the dots '....'. What are the three most frequently appeared words in the above coded text?"
 FWE_PREFIX = " Answer: According to the coded text above, the three most frequently appeared words are:"
 
@@ -411,7 +419,7 @@ class FrequentWords(RulerTask):
             return Draft(FWE.format(context=' '.join(out)), FWE_PREFIX, ' ' + ' '.join(coded[1:4]), coded[1:4], dict(units=units))
         return draft
 
-# %% ../nbs/08d_ruler.ipynb #03c57afa
+# %% ../nbs/08d_ruler.ipynb #defc7a29
 def _answers(r):
     "The references of a record: strings, SQuAD's {'text': [...]} or [{'text': ...}], or one `answer`."
     a = r.get('answers', r.get('answer'))
@@ -455,11 +463,11 @@ def questions(
     path:str|Path,  # JSON or JSON lines
 )->tuple: # (list of (question, references, own documents, documents under the same title), list of documents)
     "Questions and documents of a file. Raises `PoseError` if it is missing, empty, damaged, or lacks a field."
+    check(isinstance(path, (str, Path)), f"file is {path!r}; pass the path of a JSON or JSON-lines file.")
     path = Path(path).expanduser()
     check(path.is_file(), f"{path} does not exist; pass a JSON or JSON-lines file with question, answers and context.")
     return _read_questions(str(path), path.stat().st_mtime_ns)
 
-# %% ../nbs/08d_ruler.ipynb #f8fad4c8
 QA_TASK = "Answer the question based on the given documents. Only give me the answer and do not output any other words.\n\nThe following are given documents.\n\n{context}\n\nAnswer the question based on the given documents. Only give me the answer and do not output any other words.\n\nQuestion: {query}"
 QA_PREFIX = " Answer:"
 
@@ -472,7 +480,7 @@ class QA(RulerTask):
     metric:str='max'    # "max": any reference is enough, RULER's rule; "mean": the share of references found
     def __post_init__(self):
         super().__post_init__()
-        choose(self.metric, dict.fromkeys(('max', 'mean')), 'metric')
+        _one_of(self.metric, ('max', 'mean'), 'metric')
     def _file(self):
         check(self.file, f"'{self.name}' needs questions; pass file=, a JSON or JSON-lines file with question, answers and context.")
         return questions(self.file)
@@ -510,7 +518,7 @@ def ruler_task(
     for k in options: check(k in known, f"'{found.name}' has no option '{k}'; it has: {', '.join(known)}.")
     return replace(found, **options)
 
-# %% ../nbs/08d_ruler.ipynb #b25f0789
+# %% ../nbs/08d_ruler.ipynb #e930ab20
 def weighted_mean(
     scores:list,           # One per length, from short to long
     increasing:bool=True,  # Longer lengths count more: weights 1, 2, ...; False: shorter ones
@@ -533,7 +541,11 @@ def ruler_scores(
     return dict(average={n: round(100 * a, 2) for n, a in mean.items()}, mean=round(100 * float(np.mean(scores)), 2), increasing=round(100 * weighted_mean(scores), 2),
                 decreasing=round(100 * weighted_mean(scores, False), 2), effective=reach(mean, threshold), effective_last=max((n for n, a in mean.items() if a >= threshold), default=0))
 
-# %% ../nbs/08d_ruler.ipynb #6192f9a5
+# %% ../nbs/08d_ruler.ipynb #c51de86e
+KINDS = dict(needles='#0072B2', variables='#D55E00', words='#009E73', documents='#CC79A7', other='0.6')
+
+def _kind(name): return next((kind for start, kind in (('niah', 'needles'), ('vt', 'variables'), ('cwe', 'words'), ('fwe', 'words'), ('qa', 'documents')) if name.startswith(start)), 'other')
+
 @dataclass(frozen=True)
 class RulerResult:
     "What a model answered in several tasks."
@@ -553,11 +565,14 @@ class RulerResult:
         "Mean probability of the whole right answer, a row per task."
         return table([dict(task=name, **{str(r.length): f'{r.probability:.1e}' for r in a.rows}) for name, a in self.answers.items()])
     def plot(self, **kw):
-        "Score over length: tasks thin, their average thick, the threshold dashed; keywords go to `length_plot`."
-        ax = length_plot({**self.marks, 'average': {n: s / 100 for n, s in self.scores()['average'].items()}}, **dict(ylabel='mean mark', ax=plt.subplots(figsize=(6.4, 3.6))[1]) | kw)
-        for line in ax.lines[:len(self.marks)]: line.set(color='0.6', lw=1, ls='-')
-        ax.lines[len(self.marks)].set(lw=2.6)
-        ax.axhline(self.threshold, color='0.3', ls='--', lw=1); ax.set_ylim(-.02, 1.02)
+        "Mean mark over length: tasks thin, coloured by kind, their average thick, the threshold dashed; keywords go to `length_plot`."
+        kw['ax'] = kw.get('ax') or plt.subplots()[1]
+        kw['ax'].set_ylim(-.02, 1.02)
+        ax = length_plot({'average': {n: s / 100 for n, s in self.scores()['average'].items()}}, **dict(ylabel='mean mark') | kw)
+        ax.lines[0].set(lw=3)
+        for kind, of_kind in groupby(sorted(self.answers, key=_kind), key=_kind):
+            for i, name in enumerate(of_kind): ax.plot(*zip(*self.marks[name].items()), color=KINDS[kind], lw=1, label=None if i else kind, zorder=2)
+        ax.axhline(self.threshold, color='0.3', ls='--', lw=1); ax.legend(fontsize=8.5)
         return ax
 
 def ruler(
@@ -575,10 +590,12 @@ def ruler(
     progress:bool=None,     # Show a progress bar; None does on a terminal
 )->RulerResult:
     "Ask several of RULER's tasks. Raises `PoseError` for requests that cannot be met, before the model reads anything."
-    tasks = [t for t in RULER if not t.startswith('qa')] if tasks is None else [tasks] if isinstance(tasks, (str, Task)) else list(tasks)
+    tasks = [t for t in RULER if not t.startswith('qa')] if tasks is None else list(tasks) if isinstance(tasks, (list, tuple)) else [tasks]
+    check(all(isinstance(t, (str, Task)) for t in tasks), f"tasks must be names or tasks; the names are: {', '.join(RULER)}.")
     tasks = [ruler_task(t) if isinstance(t, str) else t for t in tasks]
     names, lengths = [t.name for t in tasks], check_lengths(lengths)
     check(names and len(set(names)) == len(names), f"the tasks are called {', '.join(names) or 'nothing'}; pass at least one, and give each a name of its own with name=.")
     ruler_scores({'any': dict.fromkeys(lengths, 0.)}, threshold)
+    _integer(trials, 'trials'); check(_integer(seed, 'seed', 0) < 2**64, f"seed {seed} is too large; use one below 2**64.")
     for t in tasks: make_trials(t, tokenizer, sorted({lengths[0], lengths[-1]}), None, 1, seed, _tokenizer_bos(tokenizer, bos))
     return RulerResult({t.name: retrieve(model, tokenizer, t, lengths, None, trials, seed, bos, batch_tokens, chunk, shared, progress) for t in tasks}, threshold)

@@ -131,6 +131,20 @@ def test_the_search_finds_the_largest_and_ends(fixed, per, budget, least, step, 
     assert len(looks) < 40
 
 
+def test_a_tokenizer_that_writes_spaces_in_front():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+    bpe = Tokenizer(models.BPE(unk_token='<unk>', byte_fallback=True))
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.Metaspace(), decoders.Sequence([decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(' ', 1, 0)])
+    sample = [NIAH, NIAH_PREFIX, REPEAT, VT, VT_PREFIX, CWE, FWE, *key_words()[::40], *map(str, range(300)), *list_words()[::3], ' '.join('abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789')]
+    bpe.train_from_iterator(sample, trainers.BpeTrainer(vocab_size=900, special_tokens=['<unk>', '<s>', '</s>', *(f'<0x{i:02X}>' for i in range(256))], show_progress=False))
+    tok = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token='<s>', eos_token='</s>', unk_token='<unk>')
+    for name in FREE:
+        task = mini(name)
+        p = task.prompt(tok, 1400, None, trial_rng(0, 1400, 0), 1)
+        assert len(p.ids) + task.new_tokens <= 1400 and task.mark(tok.decode(p.answer), p) == 1 and task.mark(oracle(tok.decode(p.ids[1:])), p) == 1, name
+
+
 def test_few_looks_for_a_long_prompt():
     n = []
     real = R._encode
@@ -165,6 +179,36 @@ def test_the_strings_of_another_port():
     plain = lambda s: s.replace('{type_v}', '{type_needle_v}').replace('{common}', '10').replace('\n', '\\n')
     for n, parts in dict(niah=[NIAH], vt=[VT, VT_PREFIX], cwe=[CWE, CWE_PREFIX], fwe=[FWE, FWE_PREFIX], qa=[QA_TASK]).items():
         for s in parts: assert plain(s) in source[n], (n, s)
+
+
+def test_frequent_words_as_another_port_has_them():
+    "The same counts in the same order, and the same number of words, as the code of lm-evaluation-harness makes with the official settings."
+    theirs = pytest.importorskip('lm_eval.tasks.ruler.fwe_utils', exc_type=ImportError)
+    plain = make_tokenizer(bos=False)
+    pattern = lambda text: [w == '...' for w in text.split('coded words. ')[1].split('\nQuestion')[0].split()]
+    for length in (1024, 2048):
+        random.seed(0)
+        said, answer, n = theirs.generate_input_output(length, plain, vocab_size=length // 50, incremental=length // 32)
+        draft = FrequentWords(official=True).builder(plain, length, None, 0)
+        ours = draft(n)
+        assert pattern(ours.text) == pattern(said) and len(answer) == 3
+        where = lambda text, words: [[i for i, x in enumerate(text.split('coded words. ')[1].split()) if x == w] for w in words]
+        assert where(ours.text, ours.references) == where(said, answer)
+        assert (n - FrequentWords(official=True).units(length)[0]) % (length // 32) == 0
+
+
+def test_the_answering_document_stands_where_another_port_puts_it(dev):
+    theirs = pytest.importorskip('lm_eval.tasks.ruler.qa_utils', exc_type=ImportError)
+    asked, docs = questions(dev)
+    qas = [dict(query=q, outputs=a, context=own, more_context=more) for q, a, own, more in asked]
+    task = QA(file=dev, official=True)
+    for n in (10, 20, 30):
+        said, _ = theirs.generate_input_output(7, n, qas, docs)
+        mine = task.builder(TOK, 4000, None, 3)(n)
+        gold = lambda text: [f'{re.search(r"founded (town [0-9]+)", text).group(1)} is old' in d.lower() for d in re.split(r'Document \d+:', text)[1:]]
+        assert gold(mine.text).index(True) == gold(said).index(True) and len(gold(said)) == len(gold(mine.text)) == n
+        shape = lambda text: re.sub(r'own \d+|by \w+ \w+|a \w+\.', '', text)
+        assert shape(mine.text) == shape(said)                                                  # all but the facts
 
 
 def test_the_presets_are_those_of_the_table():
@@ -355,7 +399,9 @@ def test_several_tasks(tmp_path):
     assert d['threshold'] == .856 and d['tasks']['vt']['rows'][0]['protocol']['hops'] == 4 and d['scores']['average'] == {'700': 0., '900': 0.}
     assert got.table()['task'].tolist() == ['niah_single_1', 'fwe', 'vt', 'average'] and len(got.probabilities()) == 3
     ax = got.plot(); assert len(ax.lines) == 5; ax.figure.savefig(tmp_path/'x.svg')
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ['needles', 'variables', 'words']
     again = ruler(model, TOK, [mini('vt')], lengths=900, trials=2, progress=False)
+    again.plot().figure.savefig(tmp_path/'y.svg')
     assert [t['reply'] for t in again.answers['vt'].trials] == [t['reply'] for t in got.answers['vt'].trials if t['length'] == 900]
 
 
@@ -433,10 +479,15 @@ def test_bad_requests(dev):
     with pytest.raises(PoseError, match='only 60 units'): ask(QA(file=dev), lengths=60_000)
     with pytest.raises(PoseError, match='only .* units'): ask(mini('cwe', words=tuple(NOUNS[:70])), lengths=30_000)
     with pytest.raises(PoseError, match='threshold'): ask(mini('fwe'), threshold=85)
+    with pytest.raises(PoseError, match='names or tasks'): ask(5)
+    with pytest.raises(PoseError, match='names or tasks'): ask(['vt', None])
+    for seed in (-1, 2**64, 1.5):
+        with pytest.raises(PoseError, match='seed'): ask(mini('fwe'), seed=seed)
+    with pytest.raises(PoseError, match='file is 5'): ask(QA(file=5))
 
 
-@pytest.mark.parametrize('make', [lambda: Niah(haystack='grass'), lambda: Niah(key_type='letters'), lambda: Niah(value_type=None), lambda: Niah(keys=0), lambda: Niah(values=1.5), lambda: Niah(queries=True),
-    lambda: Niah(text=' '), lambda: Niah(text=5), lambda: Niah(words=('a',)), lambda: Niah(words=('a',) * 100), lambda: Niah(chat='x'), lambda: Niah(chat='{task}{task}'), lambda: VariableTracking(hops=0), lambda: VariableTracking(chains=-1),
+@pytest.mark.parametrize('make', [lambda: Niah(haystack='grass'), lambda: Niah(haystack='Repeat'), lambda: QA(metric='MEAN'), lambda: Niah(key_type='letters'), lambda: Niah(value_type=None), lambda: Niah(keys=0), lambda: Niah(values=1.5), lambda: Niah(queries=True),
+    lambda: Niah(text=' '), lambda: Niah(text=5), lambda: Niah(words=('a',)), lambda: Niah(words=('a',) * 100), lambda: Niah(words='abc' * 99), lambda: Niah(words=list(range(200))), lambda: Niah(words=5), lambda: Niah(chat='x'), lambda: Niah(chat='{task}{task}'), lambda: VariableTracking(hops=0), lambda: VariableTracking(chains=-1),
     lambda: VariableTracking(example=-5), lambda: CommonWords(common=0), lambda: CommonWords(words=('a', 'b')), lambda: CommonWords(words=('A', 'a') * 40), lambda: FrequentWords(alpha=1), lambda: FrequentWords(alpha='2'), lambda: QA(metric='median')])
 def test_wrong_fields(make):
     with pytest.raises(PoseError): make()
