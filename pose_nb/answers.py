@@ -163,7 +163,7 @@ class Trunk:
     "The keys and values of one prompt, from which the next one continues."
     def __init__(self,
         model,           # A Hugging Face causal language model
-        chunk:int=2048,  # Tokens per forward pass
+        chunk:int=1024,  # Tokens per forward pass
     ): self.model, self.chunk, self.ids, self.cache, self.tokens_read = model, chunk, [], DynamicCache(config=model.config), 0
     def read(self,
         ids:list, # Token ids of a prompt
@@ -245,7 +245,7 @@ def answer(
     task:Task,              # Marks the replies
     prompts:list,           # `Prompt`s
     batch_tokens:int=16_384, # Prompt tokens in the caches of one batch; a longer prompt goes alone
-    chunk:int=2048,         # Tokens per row and forward pass
+    chunk:int=1024,         # Tokens per row and forward pass
     shared:bool=False,      # Deal the work out to the processes of this run; all of them must call
     progress:bool=None,     # Show a progress bar; None does on a terminal
 )->list: # One dict per prompt, in order: what `answer_batch` gives, and tokens
@@ -402,7 +402,7 @@ def retrieve(
     seed:int=0,             # Seed of questions and uniform depths, at least 0
     bos:int|bool=None,      # BOS token id; None takes the tokenizer's if it has one, False none
     batch_tokens:int=16_384, # Prompt tokens in the caches of one batch; a longer prompt goes alone
-    chunk:int=2048,         # Tokens per row and forward pass
+    chunk:int=1024,         # Tokens per row and forward pass
     shared:bool=False,      # Deal the work out to the processes of this run; all of them must call
     progress:bool=None,     # Show a progress bar; None does on a terminal
 )->Answers: # One row per length and depth
