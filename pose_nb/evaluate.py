@@ -8,7 +8,7 @@ __all__ = ['model_hash', 'Pieces', 'Subject', 'AnswerTest', 'PerplexityTest', 'n
            'eval_kv', 'ruler_tasks', 'eval_ruler', 'MarkTest', 'LongPPLTest', 'eval_longppl', 'ShortTest', 'eval_short',
            'overview', 'overview_plot', 'write_overview', 'eval_all']
 
-# %% ../nbs/10e_evaluate.ipynb #9492e238
+# %% ../nbs/10e_evaluate.ipynb #97ffa7c3
 import difflib, hashlib, json, math
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -35,7 +35,7 @@ from .retrieval import Passkey
 from .ruler import QA, RULER, Niah, ruler_task
 from .workflow import bos_id, heldout_texts, lengths_between, save_figure
 
-# %% ../nbs/10e_evaluate.ipynb #9c570db1
+# %% ../nbs/10e_evaluate.ipynb #1c141d4e
 _COUNTS = ('*.safetensors', '*.bin', 'config.json', 'generation_config.json', 'adapter_config.json', 'tokenizer*', 'vocab*', 'merges.txt', 'special_tokens_map.json', 'added_tokens.json', '*.jinja')
 
 def model_hash(
@@ -47,7 +47,7 @@ def model_hash(
         with open(f, 'rb') as o: out.update(f'{f.name} {hashlib.file_digest(o, "sha256").hexdigest()}\n'.encode())
     return out.hexdigest()
 
-# %% ../nbs/10e_evaluate.ipynb #e6b7d9c2
+# %% ../nbs/10e_evaluate.ipynb #93f0cd23
 class Pieces:
     "Finished pieces of evaluations, found again by what was asked. Several processes act as one."
     def __init__(self,
@@ -68,7 +68,7 @@ class Pieces:
         if self.folder: on_main(lambda: write_json(self.path(key), plain) and None)
         return plain['value']
 
-# %% ../nbs/10e_evaluate.ipynb #e9a909a1
+# %% ../nbs/10e_evaluate.ipynb #93633419
 class Subject:
     "A model to be measured: its fingerprint and tokenizer at once, its weights when they are needed."
     def __init__(self,
@@ -91,7 +91,7 @@ class Subject:
     def drop(self): self._net = None
     def key(self): return dict(model=self.hash, attn_implementation=self.how['attn_implementation'], version=pose_nb.__version__)
 
-# %% ../nbs/10e_evaluate.ipynb #ea267605
+# %% ../nbs/10e_evaluate.ipynb #bb1b6aba
 def _bos(subject, bos):
     "An id, or False for none, as the evaluators want it: by default what the tokenizer itself does."
     i = bos_id(subject.tokenizer, bos)
@@ -131,7 +131,7 @@ class AnswerTest:
     @property
     def protocol(self): return f"Greedy decoding, {', '.join(f'{k} {v}' for k, v in self.task.protocol().items() if k not in ('task', 'name') and len(str(v)) <= 40)}; 95% Wilson intervals; seed {self.seed}; probability is that of the whole right answer, given token by token."
 
-# %% ../nbs/10e_evaluate.ipynb #e09a4db8
+# %% ../nbs/10e_evaluate.ipynb #1febe41b
 @dataclass(frozen=True)
 class PerplexityTest:
     "Perplexity of documents at several lengths."
@@ -177,7 +177,7 @@ class PerplexityTest:
         if self.truncated: return 'Each document is cut to the length and read in one pass (PoSE, Figure 4): a longer length scores more tokens. 95% intervals over documents.'
         return 'Sliding window (Press et al.): each token scored once, weighted equally, with `stride` fresh tokens a window. 95% intervals over documents.'
 
-# %% ../nbs/10e_evaluate.ipynb #54df403c
+# %% ../nbs/10e_evaluate.ipynb #00518e62
 def newcombe(
     a:list,  # Marks of the first model, in [0, 1]
     b:list,  # Marks of the second model
@@ -197,7 +197,7 @@ def mark_difference(
     ends = paired_interval(a, b) if paired and np.isin([*a, *b], (0, 1)).all() else newcombe(a, b)
     return float(b.mean() - a.mean()), *ends
 
-# %% ../nbs/10e_evaluate.ipynb #7fcdf08c
+# %% ../nbs/10e_evaluate.ipynb #96c9c060
 def _by_length(values):
     groups = {}
     for t in (t for v in values for t in v): groups.setdefault(t['length'], []).append(t)
@@ -231,7 +231,7 @@ def differences(self:PerplexityTest,
         out.append(dict(length=a[0]['length'], base=math.exp(na), model=math.exp(nb), ratio=ratio, low=low, high=high, clear=bool(ends) and (low > 1 or high < 1)))
     return out
 
-# %% ../nbs/10e_evaluate.ipynb #f63150d5
+# %% ../nbs/10e_evaluate.ipynb #9cd8a9d7
 def measure(
     tests,               # `Subject` -> list of tests
     subjects:list,       # `Subject`s
@@ -251,7 +251,7 @@ def measure(
             s.drop()
     return out
 
-# %% ../nbs/10e_evaluate.ipynb #7acc5455
+# %% ../nbs/10e_evaluate.ipynb #70ad055d
 @patch
 def plot(self:AnswerTest,
     results:dict,    # {subject name: finished pieces}
@@ -275,7 +275,7 @@ def plot(self:PerplexityTest,
     return length_plot({n: {r['length']: r['ppl'] for r in rs} for n, rs in rows.items()}, window, ylabel='perplexity', log=True,
                        intervals={n: {r['length']: (r['low'], r['high']) for r in rs} for n, rs in rows.items()})
 
-# %% ../nbs/10e_evaluate.ipynb #b3bdccb8
+# %% ../nbs/10e_evaluate.ipynb #81bc0cb7
 def report(
     test,           # A test
     results:dict,   # {subject name: finished pieces}, the measured model first
@@ -296,7 +296,7 @@ def report(
         if read_record(folder).get('rope'): write_card(folder)
     return out | dict(text='\n'.join(text + [test.protocol]))
 
-# %% ../nbs/10e_evaluate.ipynb #8252dd8f
+# %% ../nbs/10e_evaluate.ipynb #54271c94
 def check_results(
     folder,          # A folder with `eval/`
     subject:Subject, # The model that is to be measured
@@ -306,7 +306,7 @@ def check_results(
         other = [h for h in read_json(p).get('models', {}).values()]
         check(not other or subject.hash in other[:1], f"{p} was measured on another model (fingerprint {other[:1] and other[0][:12]}, not {subject.hash[:12]}); choose another --output-dir, or delete that folder's eval.")
 
-# %% ../nbs/10e_evaluate.ipynb #878be4cf
+# %% ../nbs/10e_evaluate.ipynb #b9ad927d
 def _subjects(model, compare, attn_implementation, trust_remote_code):
     "The models to be measured, with names that differ."
     out = [Subject(m, attn_implementation, trust_remote_code) for m in [model] + [compare] * bool(compare)]
@@ -339,7 +339,7 @@ def run_tests(
     results, hashes = measure(lambda s: tests, subjects, _kept(folder), progress), {s.name: s.hash for s in subjects}
     return [on_main(lambda: report(t, {n: r[t.name] for n, r in results.items()}, hashes, folder, info.original)) for t in tests]
 
-# %% ../nbs/10e_evaluate.ipynb #87c6a2a0
+# %% ../nbs/10e_evaluate.ipynb #1174b7da
 @delegates(run_tests, but=['make'])
 def ask_tasks(
     model,           # Checkpoint folder or hub id
@@ -364,7 +364,7 @@ def eval_passkey(
     "Passkey retrieval at several lengths. Raises `PoseError` for requests that cannot be met."
     return ask_tasks(model, [Passkey(digits=digits)], **kwargs)[0]
 
-# %% ../nbs/10e_evaluate.ipynb #f5de16b7
+# %% ../nbs/10e_evaluate.ipynb #2ee71f8a
 @delegates(run_tests, but=['make'])
 def eval_ppl(
     model,                 # Checkpoint folder or hub id
@@ -384,7 +384,7 @@ def eval_ppl(
     texts = tuple(heldout_texts(data, text_field))
     return run_tests(model, lambda lengths, s: [PerplexityTest(texts, lengths, stride, documents, max_tokens, bos, last, truncated)], **kwargs)[0]
 
-# %% ../nbs/10e_evaluate.ipynb #97dac000
+# %% ../nbs/10e_evaluate.ipynb #5cd247f3
 def _haystack(data, text_field, **kw): return Haystack(tuple(heldout_texts(data, text_field)), **kw)
 
 @delegates(ask_tasks, but=['tasks'])
@@ -429,7 +429,7 @@ def eval_kv(
     if pairs and not lengths: lengths = [pairs_length(load_tokenizer(model, kwargs.get('trust_remote_code', False)), pairs, task.new_tokens)]
     return ask_tasks(model, [task], lengths=lengths, **kwargs)[0]
 
-# %% ../nbs/10e_evaluate.ipynb #216f87cf
+# %% ../nbs/10e_evaluate.ipynb #e17ece33
 def ruler_tasks(
     tasks:str=None,       # Names separated by commas; None: the eleven that need no file, and the questions if there is a file
     file:str=None,        # JSON or JSON lines with question, answers and context, for qa_1
@@ -459,7 +459,7 @@ def eval_ruler(
     reports = ask_tasks(model, ruler_tasks(tasks, file, data and heldout_texts(data, text_field), official), **kwargs)
     return write_overview(reports, _folder(model, kwargs.get('output_dir')), 'ruler', 'RULER', threshold)
 
-# %% ../nbs/10e_evaluate.ipynb #a1cd1ea1
+# %% ../nbs/10e_evaluate.ipynb #70c1b272
 @dataclass(frozen=True)
 class MarkTest:
     "What an evaluator marks: one piece per text."
@@ -534,7 +534,7 @@ def eval_longppl(
     marks = _marks(evaluator, tuple(heldout_texts(data, text_field))[:documents], context, step, max_tokens, _kept(folder), how, kwargs.get('progress', True))
     return run_tests(model, lambda lengths, s: [LongPPLTest(marks)], **kwargs)[0]
 
-# %% ../nbs/10e_evaluate.ipynb #af5dd9b2
+# %% ../nbs/10e_evaluate.ipynb #484b1deb
 @dataclass(frozen=True)
 class ShortTest:
     "Tasks of lm-evaluation-harness: one piece per task."
@@ -560,8 +560,9 @@ class ShortTest:
         rows = [ShortRow(**x | dict(values=np.array(x['values']))) for v in values for x in v['rows']]
         return ShortResult(rows, values[0]['rotation'], values[0]['protocol'])
     def rows(self, values): # One dict per task and metric
+        got = self.result(values)
         ends = lambda r: r.interval or (r.value,) * 2
-        return [dict(task=r.task, metric=r.metric, shots=r.shots, value=r.value, low=ends(r)[0], high=ends(r)[1], questions=r.questions, truncated=r.truncated) for r in self.result(values).rows]
+        return [dict(task=r.task, metric=r.metric, shots=r.shots, value=r.value, low=ends(r)[0], high=ends(r)[1], questions=r.questions, truncated=r.truncated, rotation=f"{got.rotation['scaling']} x{got.rotation['factor']:g}") for r in got.rows]
     def differences(self, base, model): # One dict per task and metric
         rows = compare_short(self.result(base), self.result(model)).rows
         return [dict(task=r.task, metric=r.metric, base=r.base, model=r.extended, difference=r.difference, low=r.low, high=r.high, worse=r.worse, better=r.better, clear=r.low is not None and (r.low > 0 or r.high < 0)) for r in rows]
@@ -591,7 +592,7 @@ def eval_short(
     _task_manager(names, include_path)                     # an unknown name is refused before the first task is asked
     return run_tests(model, lambda lengths, s: [ShortTest(tuple(names), shots, limit, include_path, truncate, bos, seed, batch_size)], **kwargs)[0]
 
-# %% ../nbs/10e_evaluate.ipynb #e7eda8ed
+# %% ../nbs/10e_evaluate.ipynb #661f37c2
 @patch
 def fit(self:AnswerTest,
     subject:Subject, # The model, for its tokenizer
@@ -611,7 +612,7 @@ def fit(self:PerplexityTest,
     why = '' if len(ok) == len(self.lengths) else f"the longest document has {longest} tokens{f', and the {self.last} scored ones need some in front' if self.last else ''}."
     return replace(self, lengths=ok) if ok else None, why
 
-# %% ../nbs/10e_evaluate.ipynb #06b9dc2e
+# %% ../nbs/10e_evaluate.ipynb #257e4d88
 def overview(
     reports:list,          # From `run_tests`
     threshold:float=.856,  # What counts as good enough, in [0, 1]
@@ -676,7 +677,7 @@ def write_overview(
     if folder: on_main(write)
     return out | dict(reports=reports, text='\n'.join(text))
 
-# %% ../nbs/10e_evaluate.ipynb #87fd1888
+# %% ../nbs/10e_evaluate.ipynb #4c934018
 _READ, _FOUND = ('ppl', 'context'), ('passkey', 'needle', 'multi_needle', 'lines', 'key_value')
 
 @delegates(run_tests, but=['make'])

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TABLE3', 'write_task', 'check_rotation', 'mean_interval', 'ShortRow', 'ShortResult', 'short_tasks', 'paired_interval',
-           'ShortDifference', 'ShortComparison', 'compare_short', 'eval_short']
+           'ShortDifference', 'ShortComparison', 'compare_short']
 
 # %% ../nbs/12_harness.ipynb #603000ad
 import copy, difflib, functools, hashlib, importlib.metadata, importlib.util, io, json, logging, math, random, sys
@@ -19,14 +19,13 @@ from matplotlib import pyplot as plt
 from packaging.version import Version
 from scipy import stats
 
-from .common import PoseError, check, environment, write_atomic, write_json
-from .engines import join, on_main, shared_map
+from .common import PoseError, check, write_atomic, write_json
+from .engines import join, shared_map
 from .export import read_record
-from .model import check_frequencies, default_base, load_config, load_model, load_tokenizer, rope_info
+from .model import check_frequencies, load_config, load_model, load_tokenizer, rope_info
 from .perplexity import _integer, _length_dependent, evaluating
-from .plots import color, table, use_style
+from .plots import color, table
 from .retrieval import wilson
-from .workflow import _save_eval
 
 # %% ../nbs/12_harness.ipynb #9489fca4
 TABLE3 = {'boolq':          dict(column='BoolQ',      shots=0,  metric='acc'),
@@ -417,43 +416,3 @@ def compare_short(
         low, high = paired_interval(x.values, y.values) or (None, None)
         rows.append(ShortDifference(x.task, x.metric, x.shots, x.value, y.value, y.value - x.value, low, high, int((y.values < x.values).sum()), int((y.values > x.values).sum()), x.questions, max(x.truncated, y.truncated)))
     return ShortComparison(rows, dict(base=base.rotation, extended=extended.rotation), {k: v for k, v in extended.protocol.items() if k != 'reads'})
-
-# %% ../nbs/12_harness.ipynb #2d57c997
-def _saved(result, folder, title, note):
-    "Write `eval/short.json` and its figure."
-    use_style()
-    rows = [{k: v for k, v in r.to_dict().items() if k not in ('interval', 'digest')} for r in result.rows]
-    if folder: _save_eval(folder, 'short', title, rows, note, result.plot())
-    return rows
-
-def _note(results, names):
-    "How it was asked, in a sentence or two."
-    p = results[0].protocol
-    says = '; '.join(f"{n}: {r.rotation['scaling']} x{r.rotation['factor']:g}, reads {r.protocol['reads']:,} tokens, {r.protocol['dtype']}" for n, r in zip(names, results))
-    return f"lm_eval {p['lm_eval']}, seed {p['seed']}, {'all questions' if p['limit'] is None else 'first ' + str(p['limit']) + ' questions'}, {'with' if p['bos'] else 'without'} BOS; {says}." \
-           + (' 95% intervals of paired differences (Bonett-Price for 0/1 values, else Student).' if len(results) > 1 else '')
-
-def eval_short(
-    model,                        # Checkpoint folder or hub id
-    tasks:str='boolq,piqa,winogrande,truthfulqa_mc2,arc_challenge,hellaswag', # Tasks of lm-evaluation-harness, separated by commas
-    shots:int=None,               # Examples in the prompt, for all tasks; None takes Table 3's, or the task's own
-    limit:int=None,               # Ask only the first questions of each task; None asks all
-    compare:str=None,             # The base model, to put beside the first
-    include_path:str=None,        # Folder with task files of your own
-    batch_size:int=8,             # Answers scored together
-    truncate:bool=False,          # Cut off the beginning of questions that are longer than a model reads, and count them
-    bos:bool=None,                # Start prompts with BOS: --no-bos for not, or what the tokenizer does
-    seed:int=1234,                # Seed of the examples in prompts
-    output_dir:str=None,          # Where `eval/short.json` and figure go; None: the model's folder if it is one
-    attn_implementation:str=None, # sdpa, eager, flash_attention_2
-    progress:bool=True,           # Show progress bars
-)->dict: # rows, protocol and a text table
-    "Standard benchmarks on short text (Table 3 of the PoSE paper). Raises `PoseError` for requests that cannot be met."
-    dirs = [model] + [compare] * bool(compare)
-    _together(lambda: [load_config(d) for d in dirs], join().num_processes > 1)
-    names = [Path(str(d)).resolve().name if Path(str(d)).exists() else str(d) for d in dirs]
-    results = [short_tasks(d, None, tasks, limit, shots, include_path, batch_size, truncate, bos, seed, True, attn_implementation, progress) for d in dirs]
-    whole, title = compare_short(results[1], results[0]) if compare else results[0], 'Short benchmarks' + f': {names[0]} against {names[-1]}' * bool(compare)
-    note, folder = _note(results, names), output_dir or (model if Path(str(model)).is_dir() and Path(str(model)).resolve() != default_base().resolve() else None)
-    rows = on_main(lambda: _saved(whole, folder, title, note))
-    return dict(title=title, rows=rows, protocol=note, rotations={n: r.rotation for n, r in zip(names, results)}, environment=environment() | dict(lm_eval=results[0].protocol['lm_eval']), text=f'{title}\n{whole.table().to_string(index=False)}\n{note}')

@@ -14,7 +14,8 @@ from pose_nb.cli import make_parser
 from pose_nb.common import PoseError, read_json, write_json
 from pose_nb.data import stdlib_documents
 from pose_nb.export import patch_checkpoint
-from pose_nb.harness import TABLE3, check_rotation, compare_short, eval_short, mean_interval, paired_interval, short_tasks, write_task
+from pose_nb.evaluate import eval_short
+from pose_nb.harness import TABLE3, check_rotation, compare_short, mean_interval, paired_interval, short_tasks, write_task
 from pose_nb.interpolation import SCALINGS, Linear, YaRN, get_scaling
 from pose_nb.model import default_base, load_model, load_tokenizer, set_scaling
 
@@ -318,8 +319,9 @@ def test_the_command_saves_table_figure_and_card(checkpoint, tasks, tmp_path):
     r = eval_short(**options)
     saved = read_json(folder/'eval'/'short.json')
     assert (folder/'eval'/'short.svg').exists() and saved['rows'] == r['rows'] and not (base/'eval').exists()
-    assert [x['task'] for x in r['rows']] == ['words'] * 2 and {'base', 'extended', 'difference', 'low', 'high', 'worse', 'better'} <= r['rows'][0].keys()
-    assert 'Short benchmarks: long against base' in (folder/'README.md').read_text() and 'linear x16, reads 1,024 tokens' in r['text'] and 'Bonett-Price' in r['protocol']
+    assert [(x['model'], x['task']) for x in r['rows']] == [('long', 'words')] * 2 + [('base', 'words')] * 2 and saved['differences'] == r['differences']
+    assert [x['task'] for x in r['differences']] == ['words'] * 2 and {'base', 'model', 'difference', 'low', 'high', 'worse', 'better', 'clear'} <= r['differences'][0].keys()
+    assert 'Short benchmarks' in (folder/'README.md').read_text() and 'linear x16' in r['text'] and 'long compared with base' in r['text'] and 'Bonett and Price' in r['protocol']
     json.dumps(r)
     alone = eval_short(str(base), 'words', include_path=str(tasks), output_dir=str(tmp_path/'there'), limit=5, progress=False)
     assert (tmp_path/'there'/'eval'/'short.json').exists() and not (base/'eval').exists() and alone['rows'][0]['questions'] == 5
@@ -331,7 +333,8 @@ import json, sys, torch
 torch.set_num_threads(1)
 from pose_nb.common import PoseError
 from pose_nb.engines import join, leave
-from pose_nb.harness import eval_short, short_tasks
+from pose_nb.evaluate import eval_short
+from pose_nb.harness import short_tasks
 folder, tasks, out = sys.argv[1:]
 i = join().process_index
 ask = lambda **kw: short_tasks(folder, tasks='words', include_path=tasks, shared=True, **kw)

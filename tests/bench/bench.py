@@ -294,7 +294,7 @@ def official_replies(model, tokenizer, prompts, new_tokens=10):
         x = torch.tensor([p.ids])
         with torch.inference_mode():
             for _ in range(new_tokens): x = torch.cat([x, model(x, use_cache=False).logits[:, -1:].argmax(-1)], 1)
-        out.append(tokenizer.decode(x[0, len(p.ids):]))
+        out.append(tokenizer.decode(x[0, len(p.ids):], skip_special_tokens=True))
     return out
 
 
