@@ -34,6 +34,7 @@ from .retrieval import *
 from .needles import *
 from .ruler import *
 from .practice import *
+from .relative import *
 from .watch import *
 from .trainer import *
 from .export import *

@@ -22,7 +22,8 @@ def use_style()->None:
 # %% ../nbs/91_plots.ipynb #47a3f2aa
 COLORS = {'base': '#7f7f7f', 'none': '#7f7f7f', 'original': '#7f7f7f', 'full': '#000000', 'pose': '#0072B2', 'randpos': '#D55E00',
           'contiguous': '#CC79A7', 'linear': '#E69F00', 'ntk': '#009E73', 'yarn': '#56B4E9', 'yarn_revised': '#8C6BB1',
-          'cream': '#009E73', 'pose_early': '#56B4E9', 'pose_even': '#6A3D9A', 'longrecipe': '#882255', 'turns': '#AA4499', 'e2llm': '#E69F00', 'ntk_by_parts': '#117733', 'llama3': '#882255', 'dynamic': '#999933', 'abf': '#AA4499', 'longrope': '#332288'}
+          'cream': '#009E73', 'pose_early': '#56B4E9', 'pose_even': '#6A3D9A', 'longrecipe': '#882255', 'turns': '#AA4499', 'e2llm': '#E69F00', 'ntk_by_parts': '#117733', 'llama3': '#882255', 'dynamic': '#999933', 'abf': '#AA4499', 'longrope': '#332288',
+          'self_extend': '#E31A1C', 'rerope': '#33A02C', 'leaky_rerope': '#A6CE39', 'string': '#FF7F00', 'dca': '#1F78B4', 'lm_infinite': '#6A3D9A', 'dpe': '#A6761D'}
 
 def color(
     name:str,  # A method's name, or a label that starts with one, such as "pose, 3 chunks"
