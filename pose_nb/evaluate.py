@@ -98,6 +98,8 @@ def _bos(subject, bos):
     i = bos_id(subject.tokenizer, bos)
     return False if i is None else i
 
+def _exp(nats): return math.exp(min(nats, 700))       # what is beyond is not a number that a file could hold
+
 def _digest(text, file=None):
     "A fingerprint of settings, texts included, and of a file or the files in a folder."
     out, at = hashlib.sha256(text.encode('utf-8', 'replace')), file and Path(file)
@@ -170,7 +172,8 @@ class PerplexityTest:
         out = []
         for rows in zip(*values):
             nll, _, ends = mean_over_documents([r['total'] for r in rows], [r['scored'] for r in rows])
-            low, high = map(math.exp, ends or (nll, nll))
+            check(nll <= 700, f"the mean loss is {nll:.0f} nats per token at length {rows[0]['length']}, beyond any perplexity; check the model's weights, or load it in bfloat16 or float32.")
+            low, high = map(_exp, ends or (nll, nll))
             out.append({k: rows[0][k] for k in ('length', 'stride', 'bos')} | dict(ppl=math.exp(nll), low=low, high=high, documents=len(rows), scored=sum(r['scored'] for r in rows)))
         return out
     @property
@@ -230,7 +233,7 @@ def differences(self:PerplexityTest,
     for a, b in zip(zip(*base), zip(*model)):
         counts, sums = [r['scored'] for r in a], [[r['total'] for r in x] for x in (a, b)]
         (na, *_), (nb, *_), (d, _, ends) = (mean_over_documents(s, counts) for s in (*sums, np.subtract(*sums[::-1])))
-        ratio, low, high = map(math.exp, (d, *(ends or (d, d))))
+        ratio, low, high = map(_exp, (d, *(ends or (d, d))))
         out.append(dict(length=a[0]['length'], base=math.exp(na), model=math.exp(nb), ratio=ratio, low=low, high=high, clear=bool(ends) and (low > 1 or high < 1)))
     return out
 
@@ -306,6 +309,7 @@ def check_results(
     subject:Subject, # The model that is to be measured
 )->None:
     "Raise `PoseError` if a result in the folder belongs to other weights."
+    check(isinstance(read_record(folder), dict), f"the pose_nb.json in {folder} is not a record of a run; restore it or delete it.")
     for p in sorted((Path(folder)/'eval').glob('*.json')):
         kept = read_json(p)
         check(isinstance(kept, dict) and isinstance(kept.get('models', {}), dict), f"{p} is not a result of an evaluation; delete it, or choose another --output-dir.")
@@ -535,7 +539,7 @@ class LongPPLTest:
         if [(d['tokens'], d['keys']) for d in a] != [(d['tokens'], d['keys']) for d in b]: return []
         counts = [d['keys'] for d in a]
         d, _, ends = mean_over_documents([n * (y['key_nll'] - x['key_nll']) for n, x, y in zip(counts, a, b)], counts)
-        ratio, low, high = map(math.exp, (d, *(ends or (d, d))))
+        ratio, low, high = map(_exp, (d, *(ends or (d, d))))
         return [dict(base=base[0]['longppl'], model=model[0]['longppl'], ratio=ratio, low=low, high=high, clear=bool(ends) and (low > 1 or high < 1))]
     def plot(self, results, window=None): # A matplotlib axis
         ax, rows = plt.subplots(figsize=(5, .5 * len(results) + .9))[1], {n: self.rows(v)[0] for n, v in results.items()}

@@ -584,7 +584,7 @@ def ruler(
     seed:int=0,             # Seed of the questions, at least 0
     threshold:float=.856,   # What counts as good enough for the effective length, in [0, 1]
     bos:int|bool=None,      # BOS token id; None takes the tokenizer's if it has one, False none
-    batch_tokens:int=None,  # Prompt tokens read together; None chooses by device
+    batch_tokens:int=16_384, # Prompt tokens in the caches of one batch; a longer prompt goes alone
     chunk:int=2048,         # Tokens per row and forward pass
     shared:bool=False,      # Deal the work out to the processes of this run; all of them must call
     progress:bool=None,     # Show a progress bar; None does on a terminal

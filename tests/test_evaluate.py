@@ -288,3 +288,21 @@ def test_shots_and_tokenizers_that_the_harness_cannot_use(model, tmp_path, cli):
     from transformers import PreTrainedTokenizerFast
     PreTrainedTokenizerFast(tokenizer_object=make_tokenizer(False).backend_tokenizer).save_pretrained(model)
     refused(cli, model, words, 'neither a BOS nor an EOS token')
+
+
+def test_a_loss_beyond_any_perplexity_is_one_sentence(checkpoint, corpus, tmp_path, cli):
+    from safetensors.torch import load_file, save_file
+    base = shutil.copytree(checkpoint(), tmp_path/'broken')
+    w = load_file(base/'model.safetensors'); w['lm_head.weight'] *= 1e4
+    save_file(w, base/'model.safetensors', dict(format='pt'))
+    r = cli('eval', 'ppl', base, '--data', corpus.jsonl, '--lengths', '64', '--documents', '2', '--no-progress')
+    assert r.code == 2 and 'beyond any perplexity' in r.err and not (base/'eval'/'ppl.json').exists(), r.err
+    t, v = PerplexityTest((), (64,)), lambda total: [[dict(length=64, stride=32, bos=None, scored=1, total=x, document='x')] for x in total]
+    assert t.rows(v([1., 500.]))[0]['high'] < float('inf') > t.differences(v([1., 1.]), v([2., 600.]))[0]['high']      # an interval may reach further
+
+
+def test_a_foreign_record_and_unknown_attention_are_one_sentence(model, cli):
+    words = ('eval', 'passkey', model, '--lengths', '240', '--trials', '1', '--no-progress')
+    r = cli(*words, '--attn-implementation', 'foo'); assert r.code == 2 and "attention code 'foo' is unknown" in r.err and 'damaged' not in r.err
+    (model/'pose_nb.json').write_text('[1]')
+    r = cli(*words); assert r.code == 2 and 'not a record of a run' in r.err and not (model/'eval').exists()
