@@ -28,7 +28,7 @@ def token_list(
 )->list: # Tokens
     "Several numbers of tokens, separated by commas."
     found = [tokens(t) for t in text.split(',') if t.strip()]
-    if not found: raise argparse.ArgumentTypeError("the list is empty; write lengths such as 256,512,1k")
+    if not found: raise argparse.ArgumentTypeError("the list is empty; write numbers such as 256,512,1k")
     return found
 
 def _json(text):
@@ -36,6 +36,10 @@ def _json(text):
     except (ValueError, RecursionError): raise argparse.ArgumentTypeError(f"'{text[:60]}' is not JSON (such as '{{\"beta_fast\": 16}}')") from None
     if isinstance(value, dict): return value
     raise argparse.ArgumentTypeError(f"'{text}' is not a JSON object (such as '{{\"beta_fast\": 16}}')")
+
+def _text(text):
+    if text.strip(): return text
+    raise argparse.ArgumentTypeError("the text is empty (an unset variable of the shell?); give a value, or leave it out")
 
 _CONVERT = {'int': tokens, 'float': float, 'list': token_list, 'dict': _json}
 
@@ -54,8 +58,8 @@ def make_parser(
     for name, d in docments(func, full=True, returns=False).items():
         flag, anno, help_ = '--' + name.replace('_', '-'), getattr(d.anno, '__name__', str(d.anno)), (d.docment or '').replace('%', '%%')
         if d.default is not inspect.Parameter.empty: _option(p, name, flag, anno, d.default, help_)
-        elif first and d.kind is not inspect.Parameter.KEYWORD_ONLY: p.add_argument(name, help=help_); first = False
-        else: p.add_argument(flag, dest=name, required=True, type=_CONVERT.get(anno, str), help=help_, metavar=_metavar(anno), **(dict(nargs='+', action='extend') if anno == 'str | list' else {}))
+        elif first and d.kind is not inspect.Parameter.KEYWORD_ONLY: p.add_argument(name, type=_text, help=help_); first = False
+        else: p.add_argument(flag, dest=name, required=True, type=_CONVERT.get(anno, _text), help=help_, metavar=_metavar(anno), **(dict(nargs='+', action='extend') if anno == 'str | list' else {}))
     return p
 
 def _metavar(anno): return {'int': 'N', 'float': 'X', 'list': 'N,N', 'dict': 'JSON'}.get(anno, 'TEXT')
@@ -66,7 +70,7 @@ def _option(p, name, flag, anno, default, help_):
     elif anno == 'bool' and default is None: p.add_argument(flag, dest=name, action=argparse.BooleanOptionalAction, help=help_)
     elif anno == 'bool': p.add_argument(flag, dest=name, action='store_true', help=help_)
     elif name == 'resume_from_checkpoint': p.add_argument(flag, dest=name, nargs='?', const='latest', help=help_, metavar='DIR')
-    else: p.add_argument(flag, dest=name, default=default, type=_CONVERT.get(anno, str), metavar=_metavar(anno), help=help_ if default is None else f'{help_} (default: {default})')
+    else: p.add_argument(flag, dest=name, default=default, type=_CONVERT.get(anno, _text), metavar=_metavar(anno), help=help_ if default is None else f'{help_} (default: {default})')
 
 # %% ../nbs/11_cli.ipynb #216ba49e
 VERBS = {('demo',): ('workflow.demo', 'the whole story, offline, on a CPU, in minutes'),
@@ -121,6 +125,7 @@ def resume_command(
 # %% ../nbs/11_cli.ipynb #f105f5e5
 def _what_remains(output_dir, argv):
     "What an interrupted command left: a checkpoint to go on from, or nothing worth keeping."
+    if argv[:1] == ['eval']: return 'what was measured is kept; the same command goes on from there.' if output_dir and any((Path(output_dir)/'eval'/'pieces').glob('*.json')) else 'nothing was saved.'
     run = argv[:1] == ['extend'] and (Path(output_dir)/'pose_nb.json').exists()
     if run and any(Path(output_dir).glob('checkpoint-*')): return f'the last checkpoint is whole; continue with:\n  {resume_command(argv)}'
     return f'{output_dir} holds no checkpoint to continue from; start again with a new --output-dir.' if run else 'nothing was saved.'
@@ -145,8 +150,9 @@ def run_verb(
     parser.add_argument('--json', action='store_true', help='Print the result as JSON')
     args = vars(parser.parse_args(rest))
     as_json = args.pop('json')
+    if args.get('progress') is False: import transformers; transformers.logging.disable_progress_bar()
     try: result = func(**args)
-    except KeyboardInterrupt: raise KeyboardInterrupt(_what_remains(args.get('output_dir'), argv)) from None
+    except KeyboardInterrupt: raise KeyboardInterrupt(_what_remains(args.get('output_dir') or args.get('model'), argv)) from None
     first = os.environ.get('RANK', '0') == '0'           # of several processes, one speaks
     if first: show(result, as_json)
     if isinstance(result, dict) and result.get('status') == 'stopped':

@@ -9,7 +9,7 @@ __all__ = ['model_hash', 'Pieces', 'Subject', 'AnswerTest', 'PerplexityTest', 'n
            'overview', 'overview_plot', 'write_overview', 'eval_all']
 
 # %% ../nbs/10e_evaluate.ipynb #97ffa7c3
-import difflib, hashlib, json, math
+import difflib, hashlib, json, math, os, time
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import groupby
@@ -32,7 +32,7 @@ from .needles import Haystack, KeyValue, Lines, MultiNeedle, Needle, pairs_lengt
 from .perplexity import _integer, check_lengths, context_perplexity, mean_over_documents, perplexity, tokenize_documents, truncated_perplexity
 from .plots import length_plot, plt, table, token_label, use_style
 from .retrieval import Passkey
-from .ruler import QA, RULER, Niah, ruler_task
+from .ruler import QA, RULER, Niah, questions, ruler_task
 from .workflow import bos_id, heldout_texts, lengths_between, save_figure
 
 # %% ../nbs/10e_evaluate.ipynb #1c141d4e
@@ -61,7 +61,8 @@ class Pieces:
         def look():
             if not (self.folder and self.path(key).exists()): return None
             kept = read_json(self.path(key))
-            return kept if kept.get('key') == key else None
+            check(isinstance(kept, dict) and kept.keys() == {'key', 'value'}, f"{self.path(key)} is not a finished piece; delete it, and it is measured again.")
+            return kept if kept['key'] == key else None
         return on_main(look)
     def keep(self, key:dict, value): # The value as the file gives it back
         plain = json.loads(json.dumps(dict(key=key, value=value)))
@@ -96,6 +97,8 @@ def _bos(subject, bos):
     "An id, or False for none, as the evaluators want it: by default what the tokenizer itself does."
     i = bos_id(subject.tokenizer, bos)
     return False if i is None else i
+
+def _exp(nats): return math.exp(min(nats, 700))       # what is beyond is not a number that a file could hold
 
 def _digest(text, file=None):
     "A fingerprint of settings, texts included, and of a file or the files in a folder."
@@ -150,12 +153,13 @@ class PerplexityTest:
     def title(self): return f'Perplexity of the last {self.last} tokens' if self.last else 'Perplexity of the first tokens' if self.truncated else 'Perplexity'
     def pieces(self, subject):
         lengths = check_lengths(self.lengths)
-        check(self.limit is None or self.limit >= 1, f"documents is {self.limit}; it must be at least 1.")
         docs = tokenize_documents(self.documents, subject.tokenizer)
         fit = [d for d in docs if len(d) >= max(lengths)][:self.limit]
         check(fit, f"no document has {max(lengths)} tokens (the longest of {len(docs)} has {max(map(len, docs), default=0)}); use longer documents or shorter --lengths.")
         return [replace(self, documents=(), lengths=lengths, ids=d) for d in fit]
-    def key(self): return dict(kind=self.name, lengths=self.lengths, stride=self.stride, max_tokens=self.max_tokens, bos=self.bos, last=self.last, document=hashlib.sha256(self.ids.tobytes()).hexdigest())
+    @property
+    def _document(self): return hashlib.sha256(self.ids.tobytes()).hexdigest()
+    def key(self): return dict(kind=self.name, lengths=self.lengths, stride=self.stride, max_tokens=self.max_tokens, bos=self.bos, last=self.last, document=self._document)
     @property
     def cost(self): return 2 * len(self.ids)
     def run(self, subject, progress):
@@ -163,12 +167,13 @@ class PerplexityTest:
         if self.last: r = context_perplexity(subject.net, [self.ids], self.lengths, self.last, **kw)
         elif self.truncated: r = truncated_perplexity(subject.net, [self.ids], self.lengths, **kw)
         else: r = perplexity(subject.net, [self.ids], self.lengths, self.stride, max_tokens=self.max_tokens, **kw)
-        return [dict(length=x.length, stride=x.stride, bos=x.bos, scored=x.scored, total=x.nll * x.scored) for x in r.rows]
+        return [dict(length=x.length, stride=x.stride, bos=x.bos, scored=x.scored, total=x.nll * x.scored, document=self._document) for x in r.rows]
     def rows(self, values): # One dict per length
         out = []
         for rows in zip(*values):
             nll, _, ends = mean_over_documents([r['total'] for r in rows], [r['scored'] for r in rows])
-            low, high = map(math.exp, ends or (nll, nll))
+            check(nll <= 700, f"the mean loss is {nll:.0f} nats per token at length {rows[0]['length']}, beyond any perplexity; check the model's weights, or load it in bfloat16 or float32.")
+            low, high = map(_exp, ends or (nll, nll))
             out.append({k: rows[0][k] for k in ('length', 'stride', 'bos')} | dict(ppl=math.exp(nll), low=low, high=high, documents=len(rows), scored=sum(r['scored'] for r in rows)))
         return out
     @property
@@ -222,12 +227,13 @@ def differences(self:PerplexityTest,
     model:list,  # Finished pieces of another model
 )->list: # One dict per length: base, model, ratio, low, high, clear; [] if the tokens are not the same
     "Perplexity of the other model over that of the base, on the same tokens."
-    if [[r['scored'] for r in v] for v in base] != [[r['scored'] for r in v] for v in model]: return []
+    read = lambda values: [[(r['scored'], r['document']) for r in v] for v in values]
+    if read(base) != read(model): return []
     out = []
     for a, b in zip(zip(*base), zip(*model)):
         counts, sums = [r['scored'] for r in a], [[r['total'] for r in x] for x in (a, b)]
         (na, *_), (nb, *_), (d, _, ends) = (mean_over_documents(s, counts) for s in (*sums, np.subtract(*sums[::-1])))
-        ratio, low, high = map(math.exp, (d, *(ends or (d, d))))
+        ratio, low, high = map(_exp, (d, *(ends or (d, d))))
         out.append(dict(length=a[0]['length'], base=math.exp(na), model=math.exp(nb), ratio=ratio, low=low, high=high, clear=bool(ends) and (low > 1 or high < 1)))
     return out
 
@@ -288,6 +294,7 @@ def report(
     differences = test.differences(*list(results.values())[::-1]) if len(results) == 2 else []
     out = dict(name=test.name, title=test.title, rows=rows, differences=differences, protocol=test.protocol, models=hashes, environment=environment())
     text = [test.title, table(rows).to_string(index=False)]
+    if len(results) == 2 and not differences: text += ['', f"{' and '.join(results)} read different tokens, so their results are not compared."]
     if out['differences']: text += ['', f'{list(results)[0]} compared with {list(results)[1]}', table(out['differences']).to_string(index=False)]
     if folder:
         use_style()
@@ -302,15 +309,18 @@ def check_results(
     subject:Subject, # The model that is to be measured
 )->None:
     "Raise `PoseError` if a result in the folder belongs to other weights."
+    check(isinstance(read_record(folder), dict), f"the pose_nb.json in {folder} is not a record of a run; restore it or delete it.")
     for p in sorted((Path(folder)/'eval').glob('*.json')):
-        other = [h for h in read_json(p).get('models', {}).values()]
-        check(not other or subject.hash in other[:1], f"{p} was measured on another model (fingerprint {other[:1] and other[0][:12]}, not {subject.hash[:12]}); choose another --output-dir, or delete that folder's eval.")
+        kept = read_json(p)
+        check(isinstance(kept, dict) and isinstance(kept.get('models', {}), dict), f"{p} is not a result of an evaluation; delete it, or choose another --output-dir.")
+        other = list(kept.get('models', {}).values())
+        check(not other or subject.hash == other[0], f"{p} was measured on another model (fingerprint {str(*other[:1])[:12]}, not {subject.hash[:12]}); choose another --output-dir, or delete that folder's eval.")
 
 # %% ../nbs/10e_evaluate.ipynb #b9ad927d
 def _subjects(model, compare, attn_implementation, trust_remote_code):
     "The models to be measured, with names that differ."
     out = [Subject(m, attn_implementation, trust_remote_code) for m in [model] + [compare] * bool(compare)]
-    for s in out: load_config(s.path, trust_remote_code)
+    for s in out: load_config(s.path, trust_remote_code); s.tokenizer         # what is missing shows before anything is measured
     same = compare and out[0].name == out[1].name
     check(not same or out[0].hash != out[1].hash, f"--compare names the same model as is measured ({out[-1].path}); name the model it came from, or leave --compare out.")
     if same:
@@ -319,11 +329,23 @@ def _subjects(model, compare, attn_implementation, trust_remote_code):
 
 def _kept(folder): return Pieces(folder and Path(folder)/'eval'/'pieces')
 
-def _folder(model, output_dir): return output_dir or (model if Path(str(model)).is_dir() and Path(str(model)).resolve() != default_base().resolve() else None)
+def _sweep(folder):
+    "Remove what a killed run had begun to write, more than a minute ago."
+    for p in (Path(folder)/'eval').rglob('.*.????????'):
+        if p.is_file() and time.time() - p.stat().st_mtime > 60: p.unlink(missing_ok=True)
+
+def _folder(model, output_dir):
+    "Where results go, or None. A place where nothing can be written is refused before anything is measured."
+    folder = output_dir or (model if Path(str(model)).is_dir() and Path(str(model)).resolve() != default_base().resolve() else None)
+    if folder is None: return None
+    at = Path(folder).absolute()/'eval'/'pieces'
+    near = next(p for p in (at, *at.parents) if p.exists())
+    check(near.is_dir() and os.access(near, os.W_OK), f"results cannot be written into {folder}: {near} is {'not writable' if near.is_dir() else 'a file'}; name another folder with --output-dir.")
+    return folder
 
 def run_tests(
     model,                        # Checkpoint folder or hub id
-    make,                         # Lengths -> list of tests
+    make,                         # Lengths and `Subject`s -> list of tests
     lengths:list=None,            # Tokens, such as 256,512,1k; None: original window doubled up to the claimed length
     compare:str=None,             # A second checkpoint to put beside the first, such as the base
     output_dir:str=None,          # Where `eval/` goes; None: the model's folder if it is one
@@ -333,13 +355,24 @@ def run_tests(
 )->list: # One report per test
     "Measure one or two models and report. Raises `PoseError` for requests that cannot be met."
     subjects, folder = _subjects(model, compare, attn_implementation, trust_remote_code), _folder(model, output_dir)
-    if folder: on_main(lambda: check_results(folder, subjects[0]))
+    if folder: on_main(lambda: check_results(folder, subjects[0]) or _sweep(folder))
     info = subjects[0].info
-    tests = make(tuple(lengths or lengths_between(info.original, info.length)), subjects[0])
+    tests = make(tuple(lengths or lengths_between(info.original, info.length)), subjects)
     results, hashes = measure(lambda s: tests, subjects, _kept(folder), progress), {s.name: s.hash for s in subjects}
     return [on_main(lambda: report(t, {n: r[t.name] for n, r in results.items()}, hashes, folder, info.original)) for t in tests]
 
 # %% ../nbs/10e_evaluate.ipynb #1174b7da
+def _check_asked(trials, depths, seed):
+    "Depths in percent as `retrieve` wants them, once they, trials and seed are what they may be."
+    check(_integer(seed, 'seed', 0) < 2**64, f"seed {seed} is too large; use one below 2**64.")
+    check(_integer(trials, 'trials') <= 10**6, f"trials is {trials}; use at most {10**6:,}.")
+    if depths is None: return None
+    ok = len(depths) > 0 and all(isinstance(d, (int, float)) and 0 <= d <= 100 for d in depths) and list(depths) == sorted(set(depths))
+    check(ok, f"depths are {', '.join(map(str, depths)) or 'empty'}; they must be increasing percentages from 0 (start) to 100 (end), such as 0,50,100, or left out to draw one per trial.")
+    return tuple(d / 100 for d in depths)
+
+def _check_threshold(threshold): check(isinstance(threshold, (int, float)) and 0 <= threshold <= 1, f"threshold is {threshold}; it must be from 0 to 1, such as RULER's 0.856.")
+
 @delegates(run_tests, but=['make'])
 def ask_tasks(
     model,           # Checkpoint folder or hub id
@@ -351,8 +384,7 @@ def ask_tasks(
     **kwargs,
 )->list: # One report per task
     "Ask tasks at several lengths. Raises `PoseError` for requests that cannot be met."
-    _integer(trials, 'trials')
-    depths = _check_depths([d / 100 for d in depths] if depths else None)
+    depths = _check_asked(trials, depths, seed)
     return run_tests(model, lambda lengths, s: [AnswerTest(t, lengths, depths, trials, seed, bos) for t in tasks], **kwargs)
 
 @delegates(ask_tasks, but=['tasks'])
@@ -379,6 +411,7 @@ def eval_ppl(
     **kwargs,
 )->dict: # rows, differences, protocol and a text
     "Sliding-window perplexity at several lengths, or that of the last tokens. Raises `PoseError` for requests that cannot be met."
+    for name, n in (('last', last), ('documents', documents)): n is None or _integer(n, name)
     for name, on in (('last', last), ('truncated', truncated)): check(not on or not (stride or max_tokens), f"{name} reads every length once, so there is no stride and no max_tokens; leave them out.")
     check(not (last and truncated), "last and truncated are different protocols; choose one of them.")
     texts = tuple(heldout_texts(data, text_field))
@@ -426,6 +459,7 @@ def eval_kv(
 )->dict: # rows, differences, protocol and a text
     "Find the value of one of many random keys. Raises `PoseError` for requests that cannot be met."
     task = KeyValue(pairs=pairs)
+    load_config(model, kwargs.get('trust_remote_code', False))
     if pairs and not lengths: lengths = [pairs_length(load_tokenizer(model, kwargs.get('trust_remote_code', False)), pairs, task.new_tokens)]
     return ask_tasks(model, [task], lengths=lengths, **kwargs)[0]
 
@@ -439,10 +473,15 @@ def ruler_tasks(
     "Tasks of RULER by name. Raises `PoseError` for unknown names, and for questions without a file."
     names = [n.strip() for n in tasks.split(',') if n.strip()] if tasks else [n for n in RULER if not n.startswith('qa')] + ['qa_1'] * bool(file)
     check(names, "tasks is empty; name at least one, such as niah_single_1,vt.")
+    if file: questions(file)                                # a damaged one is refused, whichever tasks are asked
     def made(t):
         own = dict(file=file) if isinstance(t, QA) else dict(text='\n\n'.join(texts)) if texts and isinstance(t, Niah) and t.haystack == 'essay' else {}
         return replace(t, official=official, **own)
-    return [made(ruler_task(n)) for n in names]
+    found = [made(ruler_task(n)) for n in names]
+    _check_once([t.name for t in found])
+    return found
+
+def _check_once(names): check(len(set(names)) == len(names), f"a task is named twice in {', '.join(names)}; name each once.")
 
 @delegates(ask_tasks, but=['tasks'])
 def eval_ruler(
@@ -456,6 +495,7 @@ def eval_ruler(
     **kwargs,
 )->dict: # rows, reports of the tasks and a text
     "RULER's tasks and their average. Raises `PoseError` for requests that cannot be met."
+    _check_threshold(threshold)
     reports = ask_tasks(model, ruler_tasks(tasks, file, data and heldout_texts(data, text_field), official), **kwargs)
     return write_overview(reports, _folder(model, kwargs.get('output_dir')), 'ruler', 'RULER', threshold)
 
@@ -470,8 +510,9 @@ class MarkTest:
     name = 'marks'
     def pieces(self, subject):
         docs = list(zip(self.texts, tokenize_documents(self.texts, subject.tokenizer)))
-        fit = [t for t, d in docs if len(d) > self.context]
-        check(fit, f"no text is longer than the short context of {self.context} tokens: the longest has {max((len(d) for _, d in docs), default=0)}; use longer texts or a smaller --context.")
+        fit = [t for t, d in docs if min(len(d), self.max_tokens or len(d)) > self.context]
+        longest = min(max((len(d) for _, d in docs), default=0), self.max_tokens or 10**9)
+        check(fit, f"no text is longer than the short context of {self.context} tokens: the longest has {longest}; use longer texts or a smaller --context.")
         return [replace(self, texts=(t,)) for t in fit]
     def key(self): return dict(kind='marks', context=self.context, step=self.step, max_tokens=self.max_tokens, text=hashlib.sha256(self.texts[0].encode()).hexdigest())
     @property
@@ -495,10 +536,10 @@ class LongPPLTest:
         return [dict(longppl=r['longppl'], low=low, high=high, ppl=r['ppl']) | {k: r[k] for k in ('keys', 'documents', 'without_keys', 'tokens')}]
     def differences(self, base, model): # One dict; [] if the tokens are not the same
         a, b = ([d for d in v[0]['per_document'] if d['keys']] for v in (base, model))
-        if [d['keys'] for d in a] != [d['keys'] for d in b]: return []
+        if [(d['tokens'], d['keys']) for d in a] != [(d['tokens'], d['keys']) for d in b]: return []
         counts = [d['keys'] for d in a]
         d, _, ends = mean_over_documents([n * (y['key_nll'] - x['key_nll']) for n, x, y in zip(counts, a, b)], counts)
-        ratio, low, high = map(math.exp, (d, *(ends or (d, d))))
+        ratio, low, high = map(_exp, (d, *(ends or (d, d))))
         return [dict(base=base[0]['longppl'], model=model[0]['longppl'], ratio=ratio, low=low, high=high, clear=bool(ends) and (low > 1 or high < 1))]
     def plot(self, results, window=None): # A matplotlib axis
         ax, rows = plt.subplots(figsize=(5, .5 * len(results) + .9))[1], {n: self.rows(v)[0] for n, v in results.items()}
@@ -529,8 +570,10 @@ def eval_longppl(
 )->dict: # rows, differences, protocol and a text
     "LongPPL: perplexity of the tokens that need far context. Raises `PoseError` for requests that cannot be met."
     check(evaluator, "LongPPL needs a model that chooses the tokens; name one with --evaluator, such as a strong long-context model.")
-    check(documents is None or documents >= 1, f"documents is {documents}; it must be at least 1.")
+    documents is None or _integer(documents, 'documents')
     folder, how = _folder(model, kwargs.get('output_dir')), {k: kwargs.get(k, d) for k, d in (('attn_implementation', None), ('trust_remote_code', False))}
+    first, *_ = _subjects(model, kwargs.get('compare'), **how)                   # what is wrong with these shows before the evaluator works
+    if folder: on_main(lambda: check_results(folder, first))
     marks = _marks(evaluator, tuple(heldout_texts(data, text_field))[:documents], context, step, max_tokens, _kept(folder), how, kwargs.get('progress', True))
     return run_tests(model, lambda lengths, s: [LongPPLTest(marks)], **kwargs)[0]
 
@@ -597,10 +640,13 @@ def eval_short(
 def fit(self:AnswerTest,
     subject:Subject, # The model, for its tokenizer
 )->tuple: # (the test at the lengths where a prompt fits, or None; why others are left out, or '')
-    ok, why = [], ''
-    for n in check_lengths(self.lengths):
-        try: make_trials(self.task, subject.tokenizer, (n,), self.depths, 1, self.seed, bos_id(subject.tokenizer, self.bos)); ok.append(n)
-        except PoseError as e: why = why or str(e)
+    bos = bos_id(subject.tokenizer, self.bos)
+    def unfit(n, trials):
+        try: make_trials(self.task, subject.tokenizer, (n,), self.depths, trials, self.seed, bos)
+        except PoseError as e: return str(e)
+    tried = {n: unfit(n, 1) for n in check_lengths(self.lengths)}
+    ok, why = [n for n, w in tried.items() if not w], next(filter(None, tried.values()), '')
+    while ok and (w := unfit(ok[0], self.trials)): why, ok = w, ok[1:]          # prompts differ by a few tokens: the shortest length holds all of them
     return replace(self, lengths=tuple(ok)) if ok else None, why
 
 @patch
@@ -608,8 +654,9 @@ def fit(self:PerplexityTest,
     subject:Subject, # The model, for its tokenizer
 )->tuple: # (the test at the lengths that a document fills, or None; why others are left out, or '')
     longest = max((len(d) for d in tokenize_documents(self.documents, subject.tokenizer)), default=0)
+    if self.max_tokens: longest = min(longest, self.max_tokens + (bos_id(subject.tokenizer, self.bos) is not None))
     ok = tuple(n for n in check_lengths(self.lengths) if (self.last or 0) < n <= longest)
-    why = '' if len(ok) == len(self.lengths) else f"the longest document has {longest} tokens{f', and the {self.last} scored ones need some in front' if self.last else ''}."
+    why = '' if len(ok) == len(self.lengths) else f"the longest document has {longest} tokens{' as it is cut by max_tokens' if self.max_tokens else ''}{f', and the {self.last} scored ones need some in front' if self.last else ''}."
     return replace(self, lengths=ok) if ok else None, why
 
 # %% ../nbs/10e_evaluate.ipynb #257e4d88
@@ -668,6 +715,8 @@ def write_overview(
     out = dict(name=name, title=title, rows=rows, differences=[dict(test=r['name']) | d for r in reports for d in r['differences']], left_out=left_out, protocol=protocol, models=reports[0]['models'], environment=environment())
     text = [title, table([{k: show(v) for k, v in r.items()} for r in rows]).to_string(index=False)] if rows else []
     if len(out['models']) == 2: text += ['', f"clear differences between {' and '.join(out['models'])} (of shares the difference, of perplexities the ratio)", table(clear).to_string(index=False) if clear else 'none']
+    apart = [r['name'] for r in reports if len(r['models']) == 2 and not r['differences']]
+    if apart: text += [f"not compared, because the models read different tokens: {', '.join(apart)}"]
     text += [f'left out: {n}: {why}' for n, why in left_out.items()] + [protocol] + ['\n' + r['text'] for r in reports if 'length' not in r['rows'][0]]
     def write():
         use_style()
@@ -700,29 +749,41 @@ def eval_all(
     **kwargs,
 )->dict: # rows, differences, what was left out, reports and a text
     "Every test that fits, for one model or two. Stopped and started again, it goes on where it was. Raises `PoseError` for requests that cannot be met."
-    depths, left_out, folder = _check_depths([d / 100 for d in depths] if depths else None), {}, _folder(model, kwargs.get('output_dir'))
-    _integer(trials, 'trials'); _integer(last, 'last')
+    depths, left_out, folder = _check_asked(trials, depths, seed), {}, _folder(model, kwargs.get('output_dir'))
+    for name, n in (('last', last), ('documents', documents)): _integer(n, name)
+    _check_threshold(threshold)
+    if file: questions(file)
+    if evaluator: _subjects(evaluator, None, None, kwargs.get('trust_remote_code', False))
+    if short: _check_harness(); _task_manager(_task_names(short), None)
     texts = tuple(heldout_texts(data, text_field))
     wanted = [n.strip() for n in tasks.split(',') if n.strip()] if tasks else [*_READ, *_FOUND, *(t.name for t in ruler_tasks(file=file))]
     unknown = [n for n in wanted if n not in (*_READ, *_FOUND, *RULER)]
+    check(wanted, "tasks is empty; name at least one, such as ppl,passkey, or leave --tasks out.")
+    _check_once(wanted)
     check(not unknown, f"unknown task '{(unknown or [''])[0]}'{_close((unknown or [''])[0], [*_READ, *_FOUND, *RULER])}; choose from: {', '.join((*_READ, *_FOUND, *RULER))}.")
     hay = Haystack(texts)
     def made(name, lengths):
         if name in _READ: return PerplexityTest(texts, lengths, limit=documents, max_tokens=None if name == 'context' else max_tokens, bos=bos, last=last if name == 'context' else None)
         task = dict(passkey=Passkey(), needle=Needle(haystack=hay), multi_needle=MultiNeedle(haystack=hay), lines=Lines(), key_value=KeyValue()).get(name) or ruler_tasks(name, file, None if data == 'stdlib' else texts)[0]
         return AnswerTest(task, lengths, depths if name in _FOUND else None, trials, seed, bos)
-    def make(lengths, subject):
+    def make(lengths, subjects):
         out = []
         for n in wanted:
-            test, why = made(n, lengths).fit(subject)
-            if why: left_out[n] = why if test is None else f'only at {", ".join(map(str, test.lengths))}: {why}'
+            test, whys = made(n, lengths), []
+            for s in subjects:
+                test, why = test.fit(s) if test else (None, '')
+                if why and why not in whys: whys.append(why)
+            if whys: left_out[n] = ' '.join(whys) if test is None else f'only at {", ".join(map(str, test.lengths))}: {" ".join(whys)}'
             if test: out.append(test)
         check(out or evaluator or short, f"no test fits these lengths: {'; '.join(f'{n}: {w}' for n, w in left_out.items())}")
         return out
     reports = run_tests(model, make, **kwargs)
     more = {k: v for k, v in kwargs.items() if k != 'lengths'}
-    if evaluator: reports.append(eval_longppl(model, evaluator, data, documents=documents, max_tokens=max_tokens, text_field=text_field, **more))
-    if short: reports.append(eval_short(model, short, **more))
+    def also(name, f, *args, **kw):
+        try: reports.append(f(model, *args, **kw, **more))
+        except PoseError as e: left_out[name] = str(e)
+    if evaluator: also('longppl', eval_longppl, evaluator, data, documents=documents, max_tokens=max_tokens, text_field=text_field)
+    if short: also('short', eval_short, short)
     return write_overview(reports, folder, threshold=threshold, left_out=left_out)
 
 def _close(name, names):

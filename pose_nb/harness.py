@@ -139,6 +139,8 @@ def _load_tasks(names, include_path, shots, seed):
         k = asked if asked is not None else TABLE3[n]['shots'] if n in TABLE3 else own or 0
         check(own != 0 or k == 0, f"task '{n}' has a fixed prompt, so it cannot be asked with {k} shots; leave shots out for it.")
         t.set_config('num_fewshot', _integer(k, 'shots', 0)); t.set_fewshot_seed(seed=seed)
+        have = len(t.fewshot_docs()) - (t.fewshot_cfg.split == t.config.test_split) if k else 0        # a question is no example of itself
+        check(k <= have, f"task '{n}' has {have} examples, so it cannot be asked with {k} shots; use at most {have}.")
     return tasks
 
 # %% ../nbs/12_harness.ipynb #6d7ecb2b
@@ -218,6 +220,7 @@ def _make_lm(model, tokenizer, bos, batch_size, truncate, shared):
     starts = tokenizer.bos_token_id is not None and adds[:1] == [tokenizer.bos_token_id]
     check(bos is not True or starts, "this tokenizer puts no beginning-of-sequence (BOS) token in front of a text; leave bos out.")
     check(tokenizer.eos_token_id is None or adds[-1:] != [tokenizer.eos_token_id], "this tokenizer puts an end-of-sequence token behind every text, so that no answer could follow a prompt; use bos=False.")
+    check({tokenizer.bos_token_id, tokenizer.eos_token_id} != {None}, "this tokenizer has neither a BOS nor an EOS token, and lm-evaluation-harness needs one of them; name one in its tokenizer_config.json.")
     own = copy.deepcopy(tokenizer); own.model_max_length = 10**9           # or it warns of what is checked below
     lm = _adapter()(pretrained=model, tokenizer=own, batch_size=batch_size, max_length=rope_info(model).length, softmax_dtype='float32', add_bos_token=None if bos is None else bool(bos))
     lm.cutting, lm.cut, lm.with_bos, lm.shared = truncate, {}, bool(starts), shared

@@ -162,7 +162,7 @@ def over_keys(
     "Mean loss over key tokens, weighted by their number. Raises `PoseError` if there is no key token."
     masks = [m & np.isfinite(t) for t, m in zip(nlls, masks)]
     sums, counts = np.array([t[m].sum() for t, m in zip(nlls, masks)]), np.array([m.sum() for m in masks])
-    check(counts.sum() > 0, f"none of {len(nlls)} documents has a key token; use longer or more texts, or an alpha below and a beta below the present ones.")
+    check(counts.sum() > 0, f"none of {len(nlls)} documents has a key token; use longer or more texts, another evaluator, or from Python a smaller alpha and beta.")
     nll, se, ends = mean_over_documents(sums[counts > 0], counts[counts > 0])
     exp, every = lambda v: float(np.exp(v)), [t[np.isfinite(t)] for t in nlls]
     return dict(documents=int((counts > 0).sum()), without_keys=int((counts == 0).sum()), keys=int(counts.sum()), nll=nll, longppl=exp(nll), stderr=se, interval=ends and tuple(map(exp, ends)),

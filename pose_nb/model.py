@@ -93,6 +93,7 @@ def load_model(
     convert = PreTrainedConfig.get_config_dict(str(name_or_path))[0].get('model_type') in CONVERTED      # then the attention code is that of the other family
     try: model, info = AutoModelForCausalLM.from_pretrained(str(name_or_path), dtype=dtype or 'auto', attn_implementation=None if convert else attn_implementation, trust_remote_code=trust_remote_code, output_loading_info=True)
     except Exception as e:
+        check('attn_implementation' not in str(e), f"attention code '{attn_implementation}' is unknown or does not serve this model; use --attn-implementation sdpa or eager.")
         raise PoseError(f"the weights of '{name_or_path}' cannot be loaded ({_first_line(e)}); the checkpoint may be incomplete or damaged: copy or download it again.") from None
     missing = sorted(info['missing_keys'])      # transformers would fill these with random numbers
     check(not missing, f"the weights of '{name_or_path}' lack {len(missing)} tensors that its config.json asks for (the first is {missing[:1]}); the checkpoint is incomplete: copy or download it again.")

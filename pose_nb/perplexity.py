@@ -272,6 +272,7 @@ def check_lengths(
     except TypeError: lengths = (lengths,)
     check(len(lengths) > 0, "lengths is empty; name at least one length in tokens, such as (2048, 8192).")
     lengths = tuple(_integer(n, 'a length', least) for n in lengths)
+    check(max(lengths) <= 10**8, f"a length is {max(lengths):,}; use at most {10**8:,} tokens.")
     check(all(a < b for a, b in zip(lengths, lengths[1:])), f"lengths {lengths} are not strictly increasing; sort them and name each once.")
     return lengths
 

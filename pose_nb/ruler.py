@@ -465,7 +465,7 @@ def questions(
     "Questions and documents of a file. Raises `PoseError` if it is missing, empty, damaged, or lacks a field."
     check(isinstance(path, (str, Path)), f"file is {path!r}; pass the path of a JSON or JSON-lines file.")
     path = Path(path).expanduser()
-    check(path.is_file(), f"{path} does not exist; pass a JSON or JSON-lines file with question, answers and context.")
+    check(path.is_file(), f"{path} is not a file here; pass a JSON or JSON-lines file with question, answers and context.")
     return _read_questions(str(path), path.stat().st_mtime_ns)
 
 QA_TASK = "Answer the question based on the given documents. Only give me the answer and do not output any other words.\n\nThe following are given documents.\n\n{context}\n\nAnswer the question based on the given documents. Only give me the answer and do not output any other words.\n\nQuestion: {query}"
@@ -482,7 +482,7 @@ class QA(RulerTask):
         super().__post_init__()
         _one_of(self.metric, ('max', 'mean'), 'metric')
     def _file(self):
-        check(self.file, f"'{self.name}' needs questions; pass file=, a JSON or JSON-lines file with question, answers and context.")
+        check(self.file, f"'{self.name}' needs questions; pass file (--file), a JSON or JSON-lines file with question, answers and context.")
         return questions(self.file)
     def units(self, length):
         asked, docs = self._file()
@@ -584,7 +584,7 @@ def ruler(
     seed:int=0,             # Seed of the questions, at least 0
     threshold:float=.856,   # What counts as good enough for the effective length, in [0, 1]
     bos:int|bool=None,      # BOS token id; None takes the tokenizer's if it has one, False none
-    batch_tokens:int=None,  # Prompt tokens read together; None chooses by device
+    batch_tokens:int=16_384, # Prompt tokens in the caches of one batch; a longer prompt goes alone
     chunk:int=2048,         # Tokens per row and forward pass
     shared:bool=False,      # Deal the work out to the processes of this run; all of them must call
     progress:bool=None,     # Show a progress bar; None does on a terminal

@@ -110,7 +110,7 @@ def test_the_interval_of_a_difference_covers(paired):
 
 
 def test_perplexities_of_other_tokens_are_not_compared():
-    t, v = PerplexityTest((), (64,)), lambda scored, total: [dict(length=64, stride=32, bos=None, scored=scored, total=total)]
+    t, v = PerplexityTest((), (64,)), lambda scored, total: [dict(length=64, stride=32, bos=None, scored=scored, total=total, document='x')]
     assert t.differences([v(10, 5.)], [v(11, 5.)]) == []
     one, = t.differences([v(10, 5.), v(20, 9.)], [v(10, 6.), v(20, 10.)])
     assert one['ratio'] == pytest.approx(np.exp(2 / 30)) and one['base'] == pytest.approx(np.exp(14 / 30)) and one['low'] <= one['ratio'] <= one['high']
@@ -171,3 +171,138 @@ def test_two_processes_give_the_numbers_of_one(model, corpus, tmp_path):
         a, b = (read_json(tmp_path/n/f) for n in ('one', 'two'))
         for x in (a, b): x.pop('environment', None)
         assert a == b, f
+
+
+def refused(cli, model, words, why, folder=None):
+    r = cli('eval', *words[:1], model, *words[1:], '--no-progress')
+    assert r.code == 2 and why in r.err and len(r.err.strip().splitlines()) == 1 and not r.out, (r.err, r.out)
+    assert not (Path(folder or model)/'eval').exists()
+
+
+@pytest.mark.parametrize('words, why', [
+    ('passkey --lengths 99999999999999999999', 'use at most 100,000,000'), ('passkey --lengths 240 --trials 999999999999', 'use at most 1,000,000'),
+    ('passkey --lengths 240 --depths 100,0', 'percentages from 0 (start) to 100 (end)'), ('passkey --lengths 240 --depths 0,101', 'percentages'), ('ppl --lengths 64 --last 0', 'last is 0'),
+    ('all --lengths 240 --seed -1', 'seed is -1'), ('all --lengths 240 --seed 99999999999999999999999', 'below 2**64'), ('all --lengths 240 --tasks ppl,ppl', 'named twice'), ('all --lengths 240 --tasks ,', 'tasks is empty'),
+    ('all --lengths 240 --threshold 2', 'from 0 to 1'), ('all --lengths 240 --threshold nan', 'from 0 to 1'), ('all --lengths 240 --tasks ppl --evaluator /no/such', 'no checkpoint folder'),
+    ('all --lengths 240 --tasks ppl --file /no/such', 'is not a file here'), ('ruler --lengths 900 --tasks vt,VT', 'named twice'), ('ruler --lengths 900 --tasks vt --threshold -1', 'from 0 to 1'),
+    ('ruler --lengths 900 --tasks vt --file /no/such', 'is not a file here'), ('longppl --evaluator /no/such', 'no checkpoint folder')])
+def test_what_cannot_be_asked_is_refused_before_anything_is_measured(model, corpus, cli, words, why):
+    words = words.split()
+    refused(cli, model, words + (['--data', corpus.jsonl] if words[0] in ('ppl', 'all') else []), why)
+
+
+def test_an_empty_text_is_not_taken_for_no_text(model, cli):
+    for option in ('--output-dir', '--compare', '--tasks', '--data'): refused(cli, model, ['all', '--lengths', '240', option, ''], f'{option}: the text is empty')
+
+
+def test_a_place_where_nothing_can_be_written_is_refused_before_anything_is_measured(model, cli, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, 'load_model', lambda *_, **__: pytest.fail('loaded'))
+    (tmp_path/'file').write_text('x')
+    refused(cli, model, ['passkey', '--lengths', '240', '--output-dir', tmp_path/'file'], 'is a file; name another folder with --output-dir')
+    monkeypatch.setattr(evaluate.os, 'access', lambda *_: False)
+    refused(cli, model, ['passkey', '--lengths', '240'], 'is not writable')
+
+
+def test_a_second_model_without_tokenizer_and_the_model_of_longppl_are_looked_at_first(model, other, corpus, cli, monkeypatch):
+    monkeypatch.setattr(evaluate, 'load_model', lambda *_, **__: pytest.fail('loaded'))
+    for p in other.glob('*token*'): p.unlink()
+    refused(cli, model, ['passkey', '--lengths', '240', '--compare', other], 'no tokenizer')
+    refused(cli, other, ['longppl', '--evaluator', model, '--data', corpus.jsonl, '--context', '64'], 'no tokenizer')
+    refused(cli, model.parent/'none', ['kv', '--pairs', '3'], 'no checkpoint folder')
+
+
+def test_damaged_pieces_and_foreign_files_are_one_sentence(model, cli):
+    words = ('eval', 'passkey', model, '--lengths', '240', '--trials', '1', '--no-progress')
+    assert cli(*words).code == 0
+    piece, = (model/'eval'/'pieces').iterdir()
+    for text in ('[]', '5', '{"value": 1}', '{"key":', ''):
+        piece.write_text(text); r = cli(*words)
+        assert r.code == 2 and 'delete it' in r.err and len(r.err.splitlines()) == 1, r.err
+    piece.unlink(); (model/'eval'/'mine.json').write_text('[1]')
+    r = cli(*words); assert r.code == 2 and 'not a result of an evaluation' in r.err
+    (model/'eval'/'mine.json').write_text('{"models": [1]}')
+    r = cli(*words); assert r.code == 2 and 'not a result of an evaluation' in r.err
+
+
+def test_what_a_killed_run_had_begun_to_write_is_swept(model, cli):
+    import os, time
+    (model/'eval'/'pieces').mkdir(parents=True)
+    old, new = model/'eval'/'.all.json.abcdefgh', model/'eval'/'pieces'/'.x.json.abcdefgh'
+    for p in (old, new): p.write_text('{')
+    os.utime(old, (time.time() - 100,) * 2)
+    assert cli('eval', 'passkey', model, '--lengths', '240', '--trials', '1', '--no-progress').code == 0
+    assert not old.exists() and new.exists()         # another run may be writing that one
+
+
+def test_equal_numbers_of_other_tokens_are_not_compared(checkpoint, tmp_path, corpus, cli):
+    a, b = shutil.copytree(checkpoint(), tmp_path/'a'), shutil.copytree(checkpoint(bos=True, rms_norm_eps=1e-3), tmp_path/'b')
+    from conftest import make_tokenizer
+    make_tokenizer(vocab=290).save_pretrained(b)
+    for extra in (('--max-tokens', '100'), ('--last', '20')):
+        r = cli('eval', 'ppl', a, '--compare', b, '--data', corpus.jsonl, '--lengths', '64', '--documents', '3', *extra, '--no-progress')
+        assert r.code == 0 and 'read different tokens' in r.out, (r.out, r.err)
+    r = json.loads(cli('eval', 'all', a, '--compare', b, '--data', corpus.jsonl, '--lengths', '64', '--documents', '3', '--max-tokens', '100', '--tasks', 'ppl', '--no-progress', '--json').out)
+    assert r['differences'] == [] and 'not compared, because the models read different tokens: ppl' in r['text']
+
+
+def test_all_leaves_out_what_does_not_fit_and_says_so(model, other, corpus, cli):
+    words = ('eval', 'all', model, '--data', corpus.jsonl, '--documents', '2', '--trials', '30', '--json', '--no-progress')
+    r = json.loads(cli(*words, '--tasks', 'ppl,lines', '--lengths', '64,555,700', '--max-tokens', '100').out)['left_out']     # some of thirty prompts of 555 tokens do not fit
+    assert r['ppl'].startswith('only at 64:') and 'max_tokens' in r['ppl'] and r['lines'].startswith('only at 700:')
+    r = json.loads(cli(*words, '--tasks', 'ppl', '--lengths', '64', '--evaluator', other).out)
+    assert 'short context' in r['left_out']['longppl'] and [x['test'] for x in r['rows']] == ['ppl']
+
+
+def test_the_second_models_tokenizer_counts_too(checkpoint, tmp_path, corpus, cli):
+    a, b = checkpoint(), shutil.copytree(checkpoint(), tmp_path/'b')
+    from conftest import make_tokenizer
+    make_tokenizer(vocab=260).save_pretrained(b)                     # smaller pieces: the same prompt is longer
+    need = lambda m: int(cli('eval', 'passkey', m, '--lengths', '20', '--output-dir', tmp_path/'x').err.split('at least ')[1].rstrip('.\n'))
+    assert need(a) < need(b)
+    r = cli('eval', 'all', a, '--compare', b, '--data', corpus.jsonl, '--lengths', f'{need(a)},{need(b)}', '--tasks', 'passkey', '--trials', '2', '--output-dir', tmp_path/'out', '--json', '--no-progress')
+    assert r.code == 0 and json.loads(r.out)['left_out']['passkey'].startswith(f'only at {need(b)}:'), r.err
+
+
+def test_an_interruption_says_what_was_kept(model, cli, monkeypatch):
+    real, ran = Pieces.keep, []
+    def keep(self, key, value):
+        if ran: raise KeyboardInterrupt
+        ran.append(1); return real(self, key, value)
+    monkeypatch.setattr(Pieces, 'keep', keep)
+    r = cli('eval', 'passkey', model, '--lengths', '240,260', '--trials', '1', '--no-progress')
+    assert r.code == 130 and 'what was measured is kept; the same command goes on' in r.err
+    shutil.rmtree(model/'eval')
+    r = cli('eval', 'passkey', model, '--lengths', '240,260', '--trials', '1', '--no-progress')
+    assert r.code == 130 and 'nothing was saved' in r.err
+
+
+def test_shots_and_tokenizers_that_the_harness_cannot_use(model, tmp_path, cli):
+    pytest.importorskip('lm_eval')
+    from conftest import make_tokenizer
+    from pose_nb.harness import write_task
+    q = [dict(question=f'the sea {i}', choices=['wind', 'stone'], answer=i % 2) for i in range(4)]
+    write_task(tmp_path/'tasks', 'mine', q, q[:3])
+    words = ['short', '--tasks', 'mine', '--include-path', tmp_path/'tasks']
+    refused(cli, model, words + ['--shots', '4'], "has 3 examples")
+    assert cli('eval', *words[:1], model, *words[1:], '--shots', '3', '--output-dir', tmp_path/'out', '--no-progress').code == 0
+    from transformers import PreTrainedTokenizerFast
+    PreTrainedTokenizerFast(tokenizer_object=make_tokenizer(False).backend_tokenizer).save_pretrained(model)
+    refused(cli, model, words, 'neither a BOS nor an EOS token')
+
+
+def test_a_loss_beyond_any_perplexity_is_one_sentence(checkpoint, corpus, tmp_path, cli):
+    from safetensors.torch import load_file, save_file
+    base = shutil.copytree(checkpoint(), tmp_path/'broken')
+    w = load_file(base/'model.safetensors'); w['lm_head.weight'] *= 1e4
+    save_file(w, base/'model.safetensors', dict(format='pt'))
+    r = cli('eval', 'ppl', base, '--data', corpus.jsonl, '--lengths', '64', '--documents', '2', '--no-progress')
+    assert r.code == 2 and 'beyond any perplexity' in r.err and not (base/'eval'/'ppl.json').exists(), r.err
+    t, v = PerplexityTest((), (64,)), lambda total: [[dict(length=64, stride=32, bos=None, scored=1, total=x, document='x')] for x in total]
+    assert t.rows(v([1., 500.]))[0]['high'] < float('inf') > t.differences(v([1., 1.]), v([2., 600.]))[0]['high']      # an interval may reach further
+
+
+def test_a_foreign_record_and_unknown_attention_are_one_sentence(model, cli):
+    words = ('eval', 'passkey', model, '--lengths', '240', '--trials', '1', '--no-progress')
+    r = cli(*words, '--attn-implementation', 'foo'); assert r.code == 2 and "attention code 'foo' is unknown" in r.err and 'damaged' not in r.err
+    (model/'pose_nb.json').write_text('[1]')
+    r = cli(*words); assert r.code == 2 and 'not a record of a run' in r.err and not (model/'eval').exists()
