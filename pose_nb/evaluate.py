@@ -10,7 +10,7 @@ __all__ = ['model_hash', 'Pieces', 'Subject', 'AnswerTest', 'PerplexityTest', 'n
 
 # %% ../nbs/10e_evaluate.ipynb #97ffa7c3
 import difflib, hashlib, json, math, os, time
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -31,6 +31,7 @@ from .longppl import KeyTexts, mark_keys, score_keys
 from .needles import Haystack, KeyValue, Lines, MultiNeedle, Needle, pairs_length
 from .perplexity import _integer, check_lengths, context_perplexity, mean_over_documents, perplexity, tokenize_documents, truncated_perplexity
 from .plots import length_plot, plt, table, token_label, use_style
+from .relative import get_relative, set_relative
 from .retrieval import Passkey
 from .ruler import QA, RULER, Niah, questions, ruler_task
 from .workflow import bos_id, heldout_texts, lengths_between, save_figure
@@ -76,9 +77,12 @@ class Subject:
         path,                         # Checkpoint folder or hub id
         attn_implementation=None,     # sdpa, eager, flash_attention_2
         trust_remote_code:bool=False, # Run code that comes with the checkpoint
-    ): self.path, self.how, self._net = path, dict(attn_implementation=attn_implementation, trust_remote_code=trust_remote_code), None
+        relative:str=None,            # Name of the relative map that it shall have; `rel` is the map
+    ): self.path, self.how, self.relative, self.rel, self._net = path, dict(attn_implementation=attn_implementation, trust_remote_code=trust_remote_code), relative, None, None
     @property
-    def name(self): return Path(str(self.path)).resolve().name if Path(str(self.path)).exists() else str(self.path)
+    def name(self):
+        name = Path(str(self.path)).resolve().name if Path(str(self.path)).exists() else str(self.path)
+        return f'{name}+{self.relative}' if self.relative else name
     @cached_property
     def tokenizer(self): return load_tokenizer(self.path, self.how['trust_remote_code'])
     @cached_property
@@ -87,10 +91,10 @@ class Subject:
     def info(self): return rope_info(skeleton(load_config(self.path, self.how['trust_remote_code'])))     # of the config alone
     @property
     def net(self):
-        if self._net is None: self._net = load_model(self.path, device=join().device, **self.how)
+        if self._net is None: self._net = set_relative(load_model(self.path, device=join().device, **self.how), self.rel)
         return self._net
     def drop(self): self._net = None
-    def key(self): return dict(model=self.hash, attn_implementation=self.how['attn_implementation'], version=pose_nb.__version__)
+    def key(self): return dict(model=self.hash, attn_implementation=self.how['attn_implementation'], version=pose_nb.__version__) | (dict(relative=repr(self.rel)) if self.rel else {})
 
 # %% ../nbs/10e_evaluate.ipynb #bb1b6aba
 def _bos(subject, bos):
@@ -288,18 +292,20 @@ def report(
     hashes:dict,    # {subject name: fingerprint}
     folder=None,    # Where `eval/` goes; None: nowhere
     window:int=None,# Training window, in tokens, for the figure
+    rel=None,       # The first model's relative map
 )->dict: # title, rows, differences, protocol, models, environment, text
     "Sum up one test, and write it where there is a folder for it."
     rows = [dict(model=n) | row for n, r in results.items() for row in test.rows(r)]
     differences = test.differences(*list(results.values())[::-1]) if len(results) == 2 else []
-    out = dict(name=test.name, title=test.title, rows=rows, differences=differences, protocol=test.protocol, models=hashes, environment=environment())
-    text = [test.title, table(rows).to_string(index=False)]
+    name, title = f'{test.name}{_label(rel and rel.name)}', f'{test.title} with {_told(rel)}' if rel else test.title
+    out = dict(name=name, test=test.name, title=title, rows=rows, differences=differences, protocol=test.protocol, models=hashes, environment=environment())
+    text = [title, table(rows).to_string(index=False)]
     if len(results) == 2 and not differences: text += ['', f"{' and '.join(results)} read different tokens, so their results are not compared."]
     if out['differences']: text += ['', f'{list(results)[0]} compared with {list(results)[1]}', table(out['differences']).to_string(index=False)]
     if folder:
         use_style()
-        write_json(Path(folder)/'eval'/f'{test.name}.json', out)
-        save_figure(test.plot(results, window), Path(folder)/'eval'/f'{test.name}.svg')
+        write_json(Path(folder)/'eval'/f'{name}.json', out)
+        save_figure(test.plot(results, window), Path(folder)/'eval'/f'{name}.svg')
         if read_record(folder).get('rope'): write_card(folder)
     return out | dict(text='\n'.join(text + [test.protocol]))
 
@@ -317,15 +323,29 @@ def check_results(
         check(not other or subject.hash == other[0], f"{p} was measured on another model (fingerprint {str(*other[:1])[:12]}, not {subject.hash[:12]}); choose another --output-dir, or delete that folder's eval.")
 
 # %% ../nbs/10e_evaluate.ipynb #b9ad927d
-def _subjects(model, compare, attn_implementation, trust_remote_code):
+def _subjects(model, compare, attn_implementation, trust_remote_code, relative=None):
     "The models to be measured, with names that differ."
-    out = [Subject(m, attn_implementation, trust_remote_code) for m in [model] + [compare] * bool(compare)]
+    out = [Subject(m, attn_implementation, trust_remote_code, r) for m, r in [(model, relative)] + [(compare, None)] * bool(compare)]
     for s in out: load_config(s.path, trust_remote_code); s.tokenizer         # what is missing shows before anything is measured
     same = compare and out[0].name == out[1].name
     check(not same or out[0].hash != out[1].hash, f"--compare names the same model as is measured ({out[-1].path}); name the model it came from, or leave --compare out.")
     if same:
         for s in out: s.__class__ = type('Subject', (Subject,), dict(name=str(s.path)))
     return out
+
+def _map(subject, relative, settings, longest):
+    "The relative map that was asked for, or None. Raises `PoseError` for one that cannot reach the longest length."
+    check(relative or not settings, "relative_kwargs are settings of a relative map; name it with --relative.")
+    if not relative: return None
+    if relative.lower() != 'dpe': return get_relative(relative, subject.info.length, longest, **settings or {})
+    from pose_nb.dpe import find_dpe                       # that page builds on this one
+    source = (settings or {}).get('source')
+    check(source, "dpe needs its scales; give --relative-kwargs '{\"source\": ...}' with the dpe.json of pose_nb detect, or the name of a published table.")
+    return find_dpe(source, subject)
+
+def _told(rel): return f"{rel.name} ({', '.join(f'{k} {v}' for k, v in asdict(rel).items() if v is not None and len(str(v)) <= 60)})"
+
+def _label(relative): return f'-{relative}' if relative else ''
 
 def _kept(folder): return Pieces(folder and Path(folder)/'eval'/'pieces')
 
@@ -349,17 +369,21 @@ def run_tests(
     lengths:list=None,            # Tokens, such as 256,512,1k; None: original window doubled up to the claimed length
     compare:str=None,             # A second checkpoint to put beside the first, such as the base
     output_dir:str=None,          # Where `eval/` goes; None: the model's folder if it is one
+    relative:str=None,            # Relative map for the first model, without training: self_extend, rerope, leaky_rerope, string, dca, lm_infinite or dpe
+    relative_kwargs:dict=None,    # Its settings, such as {"group": 8, "window": 1024}; None: what fits the lengths
     attn_implementation:str=None, # sdpa, eager, flash_attention_2
     trust_remote_code:bool=False, # Run code that comes with the checkpoint
     progress:bool=True,           # Show progress bars
 )->list: # One report per test
     "Measure one or two models and report. Raises `PoseError` for requests that cannot be met."
-    subjects, folder = _subjects(model, compare, attn_implementation, trust_remote_code), _folder(model, output_dir)
+    subjects, folder = _subjects(model, compare, attn_implementation, trust_remote_code, relative), _folder(model, output_dir)
     if folder: on_main(lambda: check_results(folder, subjects[0]) or _sweep(folder))
     info = subjects[0].info
-    tests = make(tuple(lengths or lengths_between(info.original, info.length)), subjects)
+    lengths = check_lengths(lengths or lengths_between(info.original, info.length))
+    subjects[0].rel = _map(subjects[0], relative, relative_kwargs, lengths[-1])
+    tests = make(lengths, subjects)
     results, hashes = measure(lambda s: tests, subjects, _kept(folder), progress), {s.name: s.hash for s in subjects}
-    return [on_main(lambda: report(t, {n: r[t.name] for n, r in results.items()}, hashes, folder, info.original)) for t in tests]
+    return [on_main(lambda: report(t, {n: r[t.name] for n, r in results.items()}, hashes, folder, info.original, subjects[0].rel)) for t in tests]
 
 # %% ../nbs/10e_evaluate.ipynb #1174b7da
 def _check_asked(trials, depths, seed):
@@ -497,7 +521,7 @@ def eval_ruler(
     "RULER's tasks and their average. Raises `PoseError` for requests that cannot be met."
     _check_threshold(threshold)
     reports = ask_tasks(model, ruler_tasks(tasks, file, data and heldout_texts(data, text_field), official), **kwargs)
-    return write_overview(reports, _folder(model, kwargs.get('output_dir')), 'ruler', 'RULER', threshold)
+    return write_overview(reports, _folder(model, kwargs.get('output_dir')), f"ruler{_label(kwargs.get('relative'))}", 'RULER', threshold)
 
 # %% ../nbs/10e_evaluate.ipynb #70c1b272
 @dataclass(frozen=True)
@@ -556,7 +580,7 @@ def _marks(evaluator, texts, context, step, max_tokens, pieces, how, progress):
     found = measure(lambda s: [MarkTest(texts, context, step, max_tokens)], [subject], pieces, progress)[subject.name]['marks']
     return found[0] | {k: [x for f in found for x in f[k]] for k in ('texts', 'spans')} | dict(tokens=sum(f['tokens'] for f in found), excluded=len(texts) - len(found))
 
-@delegates(run_tests, but=['make', 'lengths'])
+@delegates(run_tests, but=['make', 'lengths', 'relative', 'relative_kwargs'])
 def eval_longppl(
     model,                 # Checkpoint folder or hub id
     evaluator:str=None,    # Checkpoint folder or hub id of the model that chooses the tokens
@@ -616,7 +640,7 @@ class ShortTest:
     @property
     def protocol(self): return f"lm-evaluation-harness, seed {self.seed}, {'all questions' if self.limit is None else f'first {self.limit} questions'}; 95% intervals of paired differences (Bonett and Price for 0/1 values, else Student)."
 
-@delegates(run_tests, but=['make', 'lengths'])
+@delegates(run_tests, but=['make', 'lengths', 'relative', 'relative_kwargs'])
 def eval_short(
     model,                 # Checkpoint folder or hub id
     tasks:str='boolq,piqa,winogrande,truthfulqa_mc2,arc_challenge,hellaswag', # Tasks of lm-evaluation-harness, separated by commas
@@ -672,8 +696,8 @@ def overview(
         for m in dict.fromkeys(r['model'] for r in report['rows'] if 'length' in r):
             cells = {n: [r[key] for r in report['rows'] if r['model'] == m and r['length'] == n] for n in lengths}
             cells = {n: float(np.mean(c)) for n, c in cells.items() if c}
-            if report['name'] in RULER: average.setdefault(m, []).append(cells)
-            out.append(_overview_row(report['name'], m, cells, lengths, threshold if key == 'accuracy' else None))
+            if report['test'] in RULER: average.setdefault(m, []).append(cells)
+            out.append(_overview_row(report['test'], m, cells, lengths, threshold if key == 'accuracy' else None))
     for m, all_cells in average.items():
         cells = {n: float(np.mean([c[n] for c in all_cells])) for n in lengths if all(n in c for c in all_cells)}
         out.append(_overview_row(f'RULER average of {len(all_cells)}', m, cells, lengths, threshold))
@@ -729,6 +753,28 @@ def write_overview(
 # %% ../nbs/10e_evaluate.ipynb #4c934018
 _READ, _FOUND = ('ppl', 'context'), ('passkey', 'needle', 'multi_needle', 'lines', 'key_value')
 
+def _chosen(tasks, file):
+    "Names of the tests that are wanted. Raises `PoseError` for unknown and repeated ones, and for questions without a file."
+    wanted = [n.strip() for n in tasks.split(',') if n.strip()] if tasks else [*_READ, *_FOUND, *(t.name for t in ruler_tasks(file=file))]
+    known, unknown = [*_READ, *_FOUND, *RULER], [n for n in wanted if n not in (*_READ, *_FOUND, *RULER)]
+    check(wanted, "tasks is empty; name at least one, such as ppl,passkey, or leave --tasks out.")
+    _check_once(wanted)
+    check(not unknown, f"unknown task '{(unknown or [''])[0]}'{_close((unknown or [''])[0], known)}; choose from: {', '.join(known)}.")
+    check(file or not any(n.startswith('qa') for n in wanted), "qa_1 and qa_2 need questions; give a file with --file, or leave them out.")
+    return wanted
+
+def _fit_all(tests, subjects, left_out):
+    "The tests at the lengths that they fit, for every model; why others are left out goes into `left_out`."
+    out = []
+    for test in tests:
+        name, whys = test.name, []
+        for s in subjects:
+            test, why = test.fit(s) if test else (None, '')
+            if why and why not in whys: whys.append(why)
+        if whys: left_out[name] = ' '.join(whys) if test is None else f'only at {", ".join(map(str, test.lengths))}: {" ".join(whys)}'
+        if test: out.append(test)
+    return out
+
 @delegates(run_tests, but=['make'])
 def eval_all(
     model,                 # Checkpoint folder or hub id
@@ -753,38 +799,28 @@ def eval_all(
     for name, n in (('last', last), ('documents', documents)): _integer(n, name)
     _check_threshold(threshold)
     if file: questions(file)
+    check(not (kwargs.get('relative') and (evaluator or short)), "LongPPL and short tasks are measured without a relative map; leave out --relative, or --evaluator and --short.")
     if evaluator: _subjects(evaluator, None, None, kwargs.get('trust_remote_code', False))
     if short: _check_harness(); _task_manager(_task_names(short), None)
     texts = tuple(heldout_texts(data, text_field))
-    wanted = [n.strip() for n in tasks.split(',') if n.strip()] if tasks else [*_READ, *_FOUND, *(t.name for t in ruler_tasks(file=file))]
-    unknown = [n for n in wanted if n not in (*_READ, *_FOUND, *RULER)]
-    check(wanted, "tasks is empty; name at least one, such as ppl,passkey, or leave --tasks out.")
-    _check_once(wanted)
-    check(not unknown, f"unknown task '{(unknown or [''])[0]}'{_close((unknown or [''])[0], [*_READ, *_FOUND, *RULER])}; choose from: {', '.join((*_READ, *_FOUND, *RULER))}.")
+    wanted = _chosen(tasks, file)
     hay = Haystack(texts)
     def made(name, lengths):
         if name in _READ: return PerplexityTest(texts, lengths, limit=documents, max_tokens=None if name == 'context' else max_tokens, bos=bos, last=last if name == 'context' else None)
         task = dict(passkey=Passkey(), needle=Needle(haystack=hay), multi_needle=MultiNeedle(haystack=hay), lines=Lines(), key_value=KeyValue()).get(name) or ruler_tasks(name, file, None if data == 'stdlib' else texts)[0]
         return AnswerTest(task, lengths, depths if name in _FOUND else None, trials, seed, bos)
     def make(lengths, subjects):
-        out = []
-        for n in wanted:
-            test, whys = made(n, lengths), []
-            for s in subjects:
-                test, why = test.fit(s) if test else (None, '')
-                if why and why not in whys: whys.append(why)
-            if whys: left_out[n] = ' '.join(whys) if test is None else f'only at {", ".join(map(str, test.lengths))}: {" ".join(whys)}'
-            if test: out.append(test)
+        out = _fit_all([made(n, lengths) for n in wanted], subjects, left_out)
         check(out or evaluator or short, f"no test fits these lengths: {'; '.join(f'{n}: {w}' for n, w in left_out.items())}")
         return out
     reports = run_tests(model, make, **kwargs)
-    more = {k: v for k, v in kwargs.items() if k != 'lengths'}
+    more = {k: v for k, v in kwargs.items() if k not in ('lengths', 'relative', 'relative_kwargs')}
     def also(name, f, *args, **kw):
         try: reports.append(f(model, *args, **kw, **more))
         except PoseError as e: left_out[name] = str(e)
     if evaluator: also('longppl', eval_longppl, evaluator, data, documents=documents, max_tokens=max_tokens, text_field=text_field)
     if short: also('short', eval_short, short)
-    return write_overview(reports, folder, threshold=threshold, left_out=left_out)
+    return write_overview(reports, folder, f"all{_label(kwargs.get('relative'))}", threshold=threshold, left_out=left_out)
 
 def _close(name, names):
     near = difflib.get_close_matches(name, names, 1)
