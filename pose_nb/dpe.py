@@ -6,9 +6,9 @@
 __all__ = ['PRESETS', 'CRITERIA', 'Preset', 'model_shape', 'preset', 'first_distance', 'first_plot', 'pair_norms',
            'contributions', 'keep_top', 'key_pairs', 'Detection', 'plan_detection', 'ask_cell', 'cell_score',
            'best_scale', 'as_good', 'ScaleTable', 'detect_scales', 'scales_plot', 'find_key_pairs', 'detect',
-           'describe', 'load_table', 'check_table', 'load_dpe']
+           'describe', 'load_table', 'check_table', 'load_dpe', 'find_dpe']
 
-# %% ../nbs/09a_dpe.ipynb #078feee6
+# %% ../nbs/09a_dpe.ipynb #03d0f1da
 import hashlib, json, math
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from .model import load_config, rope_info
 from .needles import Haystack, MultiNeedle, Needle
 from .perplexity import _integer, evaluating, mean_over_documents, tokenize_documents
 from .plots import mark_window, table, token_axis, token_label, use_style
-from .relative import DPE, RelativeMap, relative, relative_attention
+from .relative import DPE, NAME, RelativeMap, relative, relative_attention
 from .retrieval import Passkey
 from .workflow import bos_id, heldout_texts, save_figure
 
@@ -99,7 +99,7 @@ def first_plot(
     token_axis(ax, ticks, 'y', log=True); ax.legend()
     return ax
 
-# %% ../nbs/09a_dpe.ipynb #312c29eb
+# %% ../nbs/09a_dpe.ipynb #dba3b32d
 _RECORD = 'pose_nb_key_pairs'
 
 def pair_norms(
@@ -117,7 +117,7 @@ def _record(module, query, key, *args, **kw):
     return relative_attention(module, query, key, *args, **kw)
 
 AttentionInterface.register(_RECORD, _record)
-AttentionMaskInterface.register(_RECORD, lambda *args, attention_mask=None, **kw: attention_mask)
+AttentionMaskInterface.register(_RECORD, AttentionMaskInterface()[NAME])         # what makes the mask of relative attention makes this one's
 
 # %% ../nbs/09a_dpe.ipynb #3fd6538d
 def contributions(
@@ -411,7 +411,7 @@ def describe(
     return '\n'.join([f"DPE scales of {t.model} for {t.target} tokens, {t.protocol['task']}, {t.together['trials']} questions a cell, by {t.criterion}", table(rows, 4).to_string(index=False),
                       f'together: {say(t.together)}', f'one scale of {t.others} for all: {say(t.uniform)}', f'near {t.near} tokens exact; {kept}'])
 
-# %% ../nbs/09a_dpe.ipynb #642a7d77
+# %% ../nbs/09a_dpe.ipynb #18c0fea3
 def load_table(
     path, # A dpe.json
 )->ScaleTable:
@@ -449,3 +449,11 @@ def load_dpe(
     t = load_table(path)
     if model is not None: check_table(t, model, other_weights=other_weights)
     return t.rel()
+
+def find_dpe(
+    source,      # Name of a preset, or path of a dpe.json
+    model=None,  # Checkpoint folder or hub id, a `Subject`, or a transformers model it must fit; None: not checked
+)->DPE: # A map for `set_relative`
+    "Published scales by name, or found ones by path. Raises `PoseError` as `preset` and `load_dpe` do."
+    if Path(source).is_file() or Path(source).suffix == '.json': return load_dpe(source, model)
+    return preset(str(source), model)

@@ -12,7 +12,7 @@ from pose_nb.answers import retrieve
 from pose_nb.cli import make_parser
 from pose_nb.common import PoseError
 from pose_nb.dpe import (PRESETS, Detection, as_good, best_scale, cell_score, check_table, contributions, detect, detect_scales, find_key_pairs, first_distance, keep_top, key_pairs,
-                         load_dpe, load_table, model_shape, plan_detection, preset, scales_plot)
+                         find_dpe, load_dpe, load_table, model_shape, plan_detection, preset, scales_plot)
 from pose_nb.evaluate import Pieces, Subject
 from pose_nb.needles import MultiNeedle
 from pose_nb.relative import DPE, SelfExtend, relative
@@ -264,15 +264,16 @@ def test_progress_has_a_time_to_go(subject, tmp_path, capsys):
     detect_scales(subject, plan, Pieces(tmp_path), progress=True)
     err = capsys.readouterr().err
     assert 'detect:' in err and '<' in err and 'tok/s' in err
-    bars = []
+    seen = {}
     class Bar(dpe.tqdm):
-        def close(self): bars.append((self.total, self.n, self.initial)); super().close()
+        def close(self): seen.setdefault(id(self), (self.total, self.n, self.initial)); kept.append(self); super().close()
+    kept = []
     with pytest.MonkeyPatch.context() as m:
         m.setattr(dpe, 'tqdm', Bar)
         detect_scales(subject, plan, Pieces(tmp_path), progress=True)
         next(tmp_path.iterdir()).unlink()
         detect_scales(subject, plan, Pieces(tmp_path), progress=True)
-    cells, cost = len(plan.cells()), plan.test.cost
+    bars, cells, cost = list(seen.values()), len(plan.cells()), plan.test.cost
     assert all(total == cost * (cells + 1) and n - initial in (0, cost) for total, n, initial in bars) and [b[1] - b[2] for b in bars] == [0, cost]
 
 
@@ -336,6 +337,9 @@ def test_the_verb_and_the_way_back(checkpoint, tmp_path):
     before = (tmp_path/'dpe.json').read_bytes()
     assert detect(str(path), **words(tmp_path)) == r and (tmp_path/'dpe.json').read_bytes() == before
     for m in (path, Subject(path), Subject(path).net): assert load_dpe(r['path'], m) == DPE(tuple(t.scales), 16, 8)
+    assert find_dpe(r['path'], path) == load_dpe(r['path']) and find_dpe('qwen2.5-7b') == preset('qwen2.5_7b')
+    with pytest.raises(PoseError, match='does not exist'): find_dpe('none.json')
+    with pytest.raises(PoseError, match='choose one of'): find_dpe('none')
     t.save(tmp_path/'copy.json')
     assert load_table(tmp_path/'copy.json') == t
     scales_plot(t); scales_plot(replace(t, criterion='mark'))
