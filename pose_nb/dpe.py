@@ -8,7 +8,7 @@ __all__ = ['PRESETS', 'CRITERIA', 'Preset', 'model_shape', 'preset', 'first_dist
            'best_scale', 'as_good', 'ScaleTable', 'detect_scales', 'scales_plot', 'find_key_pairs', 'detect',
            'describe', 'load_table', 'check_table', 'load_dpe', 'find_dpe']
 
-# %% ../nbs/09a_dpe.ipynb #03d0f1da
+# %% ../nbs/09a_dpe.ipynb #f572582a
 import hashlib, json, math
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from .export import skeleton
 from .model import load_config, rope_info
 from .needles import Haystack, MultiNeedle, Needle
 from .perplexity import _integer, evaluating, mean_over_documents, tokenize_documents
-from .plots import mark_window, table, token_axis, token_label, use_style
+from .plots import table, token_axis, token_label, use_style
 from .relative import DPE, NAME, RelativeMap, relative, relative_attention
 from .retrieval import Passkey
 from .workflow import bos_id, heldout_texts, save_figure
