@@ -18,7 +18,7 @@ from matplotlib import pyplot as plt
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from .common import PoseError, check, choose
-from .model import _first_line, rope_info, rotary_modules
+from .model import _first_line, frequencies, rotary_modules
 from .perplexity import _integer, _length_dependent
 from .plots import mark_window, token_axis
 
@@ -376,7 +376,8 @@ AttentionMaskInterface.register(NAME, _padding)
 
 def _unrotated(module, args, kwargs, out):
     "Cosine 1 and sine 0, whatever the positions."
-    check(not kwargs.get('position_ids', args[-1]).is_floating_point(), "a relative map counts whole positions; take away the fractional ones with feed_positions(model, None), or take the map out.")
+    at = kwargs['position_ids'] if 'position_ids' in kwargs else args[1]
+    check(not at.is_floating_point(), "a relative map counts whole positions; take away the fractional ones with feed_positions(model, None), or take the map out.")
     return torch.ones_like(out[0]), torch.zeros_like(out[1])
 
 def clear_relative(
@@ -444,7 +445,7 @@ def _put(model, rotary, attentions):
 def _check_fit(rel, model, attentions):
     "A map that is made for other heads or layers is refused."
     if not isinstance(rel, DPE): return
-    pairs, heads = rope_info(model).dim // 2, model.config.get_text_config().num_attention_heads
+    pairs, heads = frequencies(next(iter(rotary_modules(model).values())))[0].numel(), model.config.get_text_config().num_attention_heads
     check(rel.pairs == pairs, f"this DPE table is for heads of {rel.pairs} pairs, and the model's have {pairs}; use a table made for it.")
     check(rel.keep is None or (len(rel.keep) == len(attentions) and all(len(k) == heads for k in rel.keep)), f"this DPE table is for another number of layers or heads than the model's {len(attentions)} and {heads}; use a table made for it.")
 
