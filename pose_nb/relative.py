@@ -378,13 +378,18 @@ def _unrotated(module, args, kwargs, out):
     "Cosine 1 and sine 0, whatever the positions."
     at = kwargs['position_ids'] if 'position_ids' in kwargs else args[1]
     check(not at.is_floating_point(), "a relative map counts whole positions; take away the fractional ones with feed_positions(model, None), or take the map out.")
+    check(getattr(module, 'config', None) is None or module.config._attn_implementation == NAME, "the model's attention was changed while a relative map was in it; take the map out with clear_relative first.")
     return torch.ones_like(out[0]), torch.zeros_like(out[1])
+
+def _left_by_map(model):
+    "What is needed to take a map out, wherever it was put in: through a wrapper, or the model inside; None: there is no map."
+    return next((m.relative.before for m in model.modules() if hasattr(getattr(m, 'relative', None), 'before')), None)
 
 def clear_relative(
     model, # A transformers model
 ): # The same model
     "Take a relative map out again, if there is one."
-    before = model.__dict__.pop('before_relative', None)
+    before = _left_by_map(model)
     if before is None: return model
     for h in before.hooks: h.remove()
     model.set_attn_implementation(before.attention)
@@ -431,13 +436,15 @@ def _first_logits(model):
 
 def _put(model, rotary, attentions):
     "A map that changes nothing; it must change nothing."
-    want, probe, asked = _first_logits(model), _Probe(), {}
+    want, probe, asked, kinds = _first_logits(model), _Probe(), {}, []
     for a in attentions:
         kind = None if hasattr(rotary[0], 'inv_freq') else a.config.layer_types[a.layer_idx]
         if kind not in asked: asked[kind] = ask_rotation(rotary[0], a)
-        a.relative = SimpleNamespace(rel=probe, rotation=asked[kind])
-    model.__dict__['before_relative'] = SimpleNamespace(attention=model.config._attn_implementation, attentions=attentions, hooks=[m.register_forward_hook(_unrotated, with_kwargs=True) for m in rotary])
+        kinds.append(kind)
+    before = SimpleNamespace(attention=model.config._attn_implementation, attentions=attentions, hooks=[m.register_forward_hook(_unrotated, with_kwargs=True) for m in rotary])
+    for a, kind in zip(attentions, kinds): a.relative = SimpleNamespace(rel=probe, rotation=asked[kind], before=before)
     model.set_attn_implementation(NAME)
+    check(model.config._attn_implementation == NAME, f"{type(model).__name__} does not let its attention be exchanged; choose an architecture such as Llama, Mistral, Qwen2, Qwen3 or Gemma.")
     off = ((_first_logits(model) - want).abs().max() / want.abs().max()).item()
     check(off < (.01 if want.dtype == torch.float32 else .15), f"{type(model).__name__} computes its attention in another way: a map that changes nothing changes its logits by {off:.2g} of their size; choose an architecture such as Llama, Mistral, Qwen2, Qwen3 or Gemma.")
     check(probe.asked, "every layer of this model looks back only as far as its sliding window, so that a relative map would change nothing; set sliding_window to None in its config first.")
@@ -455,7 +462,7 @@ def relative(
     rel:RelativeMap,  # A map
 ):
     "A relative map for the time of a block; then the one before, if any. Raises `PoseError` as `set_relative` does."
-    before = model.__dict__.get('before_relative')
+    before = _left_by_map(model)
     outer = before and before.attentions[0].relative.rel
     try: yield set_relative(model, rel)
     finally: set_relative(model, outer)

@@ -99,7 +99,7 @@ def test_regions_are_disjoint_complete_and_as_defined(rel, T):
 @given(maps(), st.integers(1, 60))
 def test_near_distances_are_exact(rel, T):
     near = {SelfExtend: 'window', ReRoPE: 'window', LeakyReRoPE: 'window', STRING: 'shift', LMInfinite: 'window', DPE: 'window'}
-    exact = getattr(rel, near[type(rel)]) if type(rel) in near else rel.cap - rel.chunk + 1 if isinstance(rel, DCA) else T        # DCA: at least cap - chunk
+    exact = getattr(rel, near[type(rel)]) if type(rel) in near else min(rel.cap - rel.chunk, rel.chunk) + 1 if isinstance(rel, DCA) else T
     at = torch.arange(T); d = (at[:, None] - at[None]).double()
     got = rel.distance(at, at)
     got = got if got.dim() == 3 else got[..., None]
@@ -540,6 +540,19 @@ def test_copies_are_independent():
     assert torch.equal(read(m, ids), plain)
 
 
+def test_a_map_is_found_through_wrappers():
+    m, ids = copy.deepcopy(model_of('llama')), ids_of()
+    plain = read(m, ids)
+    with relative(m, SelfExtend(4, 8)): under = read(m, ids)
+    set_relative(m.model, SelfExtend(4, 8)); assert torch.equal(read(m, ids), under)            # put into the inner model, taken out of the outer
+    set_relative(m, ReRoPE(8)); clear_relative(m.model); assert torch.equal(read(m, ids), plain)
+    from peft import LoraConfig, get_peft_model
+    p = get_peft_model(m, LoraConfig(target_modules=['q_proj', 'v_proj'], r=2)).eval()
+    with relative(p, SelfExtend(4, 8)): close(read(p, ids), under); close(p(ids).logits, under); close(read(p.get_base_model(), ids), under)
+    assert torch.equal(read(p, ids), plain)
+    set_relative(p, ReRoPE(8)); clear_relative(p.get_base_model()); assert torch.equal(read(p, ids), plain)
+
+
 def test_two_models_at_once_and_one_model_between_batches():
     a, b, x, y = copy.deepcopy(model_of('llama')), copy.deepcopy(model_of('qwen3')), ids_of(1, 50, 1), ids_of(3, 20, 2)
     with relative(a, SelfExtend(4, 8)): wa = [read(a, x), read(a, y)]
@@ -676,6 +689,9 @@ def test_requests_that_a_map_would_answer_wrongly_are_refused():
         kw = feed_positions(m, n / 2.)
         refused('counts whole positions', lambda: m(ids, **kw))
         feed_positions(m, None); close(read(m, ids), want)
+    with relative(m, SelfExtend(4, 8)):
+        m.set_attn_implementation('eager'); refused('attention was changed', lambda: m(ids))
+    close(read(m, ids), read(model_of('llama'), ids))
     m = AutoModelForCausalLM.from_config(LlamaConfig(**BASE, attention_dropout=.1)).train()
     with relative(m, ReRoPE(8)): refused('no attention dropout', lambda: m(ids)); m.eval(); m(ids)
 
