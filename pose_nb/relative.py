@@ -20,7 +20,7 @@ from matplotlib import pyplot as plt
 from transformers import AttentionInterface, AttentionMaskInterface, set_seed
 
 from .common import PoseError, check, choose
-from .model import load_model, load_tokenizer, rope_info, rotary_modules
+from .model import _first_line, frequencies, load_model, load_tokenizer, rope_info, rotary_modules
 from .perplexity import _integer, _length_dependent
 
 # %% ../nbs/09_relative.ipynb #ebe1d9bc
@@ -131,7 +131,7 @@ class LeakyReRoPE(RelativeMap):
         return [Region(lambda m, n: m - n < w), Region(lambda m, n: m - n >= w, lambda m: m / k + w * (1 - 1 / k), lambda n: n / k)]
     def reach(self, window):
         check(self.window <= window, f"the near window of {self.window} tokens is longer than the model's {window}; use at most {window}.")
-        return int((window - 1 - self.window) * self.factor + self.window) + 1
+        return math.ceil(round(self.window + (window - self.window) * self.factor, 6))
 
 # %% ../nbs/09_relative.ipynb #7491b237
 @dataclass(frozen=True)
@@ -206,6 +206,7 @@ class DPE(RelativeMap):
         check(self.scales and self.pairs % len(self.scales) == 0, f"{len(self.scales)} scales cannot be shared out evenly among {self.pairs} pairs; use a number that divides {self.pairs}.")
         odd = [g for g in self.scales if self.window % g]
         check(not odd, f"scale {(odd or [0])[0]} does not divide window {self.window}, so that prefill and decoding of the released code would differ; use powers of two and a window that is a multiple of them.")
+        check(all(0 <= i < self.pairs for heads in self.keep or () for kept in heads for i in kept), f"`keep` names pairs that heads of {self.pairs} pairs do not have; use indices from 0 to {self.pairs - 1}.")
     def _groups(self, layer):
         "G of every pair: (pairs,), or (heads, 1, pairs) where heads differ."
         G = torch.tensor(self.scales).repeat_interleave(self.pairs // len(self.scales))
@@ -236,14 +237,16 @@ def ask_rotation(
     x, one = torch.zeros(1, 1, 1), torch.ones(1, 1, dtype=torch.int64)
     kind = None if hasattr(rotary, 'inv_freq') else attention.config.layer_types[attention.layer_idx]
     device = next(iter(rotary.buffers())).device
-    cos, sin = rotary(x.to(device), one.to(device), *([kind] if kind else []))
-    angle, apply = torch.atan2(sin, cos)[0, 0], sys.modules[type(attention).__module__].apply_rotary_pos_emb
+    (cos, sin), apply = rotary(x.to(device), one.to(device), *([kind] if kind else [])), sys.modules[type(attention).__module__].apply_rotary_pos_emb
+    unit = torch.eye(cos.shape[-1], device=device)
+    after = apply(unit[None, None], unit[None, None], cos, sin)[0][0, 0]            # what becomes of each channel after one step
+    angle = torch.atan2((after * (1 - unit)).norm(dim=1), after.diagonal())
     inv_freq = getattr(rotary, f'{kind}_inv_freq' if kind else 'inv_freq').float()
     pair = (angle[:, None] - inv_freq[None]).abs().argmin(1)
     def turn(x):
         zero, unit = x.new_zeros(1, 1, len(pair)), x.new_ones(1, 1, len(pair))
         return apply(x, x, zero, unit)[0]
-    return Rotation(inv_freq[pair], torch.hypot(cos, sin)[0, 0, 0].item(), pair, turn)
+    return Rotation(inv_freq[pair], after[0].norm().item(), pair, turn)
 
 def rotate_to(
     x:torch.Tensor,         # (batch, heads, time, head_dim)
@@ -252,7 +255,7 @@ def rotate_to(
 )->torch.Tensor: # The same shape, or with as many heads as `positions` has
     "Rotate queries or keys to positions, which may differ between pairs and heads."
     p, d = positions.float(), len(r.theta)
-    angle = (p[..., None] if p.dim() == 2 else p[..., r.pair]) * r.theta
+    angle = (p[..., None] if p.dim() == 2 else p[..., r.pair.to(p.device)]) * r.theta.to(p.device)      # a model may lie on several devices, or move
     if angle.dim() == 3: angle = angle[:, None]
     head, rest = x[..., :d], x[..., d:]
     if angle.shape[1] > head.shape[1]: head, rest = (t.repeat_interleave(angle.shape[1] // t.shape[1], 1) for t in (head, rest))
@@ -286,11 +289,11 @@ def attend(
     softcap:float=None,# Logits are squeezed below this; None: not
 )->tuple: # (output, log-sum-exp (batch, heads, queries), -inf where nothing is seen)
     "Attention over the keys that are seen, with its log-sum-exp."
-    if q.device.type == 'cpu' and softcap is None:
+    if q.device.type == 'cpu' and softcap is None and not (torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))):    # the kernel's lse has no gradient
         bias = torch.zeros(seen.shape, dtype=q.dtype).masked_fill_(~seen, -math.inf)
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias, scale=scale)
     else:
-        logits = (q @ k.transpose(-1, -2)).float() * scale
+        logits = (q * scale @ k.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32))
         if softcap is not None: logits = softcap * torch.tanh(logits / softcap)
         logits = logits.masked_fill(~seen, -math.inf)
         lse = logits.logsumexp(-1)
@@ -304,7 +307,7 @@ def merge(
     if len(parts) == 1: return parts[0][0]
     lse = torch.stack([l for _, l in parts])
     weights = (lse - lse.logsumexp(0)).exp().nan_to_num()
-    return sum(o * w[..., None].to(o.dtype) for (o, _), w in zip(parts, weights))
+    return sum(o * w[..., None] for (o, _), w in zip(parts, weights)).to(parts[0][0].dtype)
 
 # %% ../nbs/09_relative.ipynb #2213661c
 BLOCK = 256      # Queries at a time
@@ -322,23 +325,31 @@ def _block(rel, layer, query, key, value, m, n, visible, r, scale, softcap):
         parts.append(attend(q, k, v, seen[:, None, :, span].expand(len(q), -1, -1, -1), scale, softcap))
     return merge(parts) if parts else torch.zeros_like(query[..., :value.shape[-1]])
 
+def _places(position_ids, attention_mask, queries, keys):
+    "Positions of queries and keys, counted without padding, and which keys are none: each (1 or batch, ...)."
+    visible = position_ids.new_ones(1, keys, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    check(visible.dim() == 2, "relative maps take an attention_mask of shape (batch, tokens) that marks padding, not one of queries and keys.")
+    if len(visible) > 1 and (visible == visible[:1]).all(): visible = visible[:1]
+    n = visible.cumsum(1) - 1
+    m, real, places = n[:, -queries:], visible[:, -queries:], torch.arange(n.shape[1], device=n.device)[-queries:]
+    fits = lambda p: ((position_ids == p) | ~real).all(1)
+    check(position_ids.dim() == 2 and bool((fits(m) | fits(places)).all()), "a relative map decides how far apart tokens seem, so position_ids must count the tokens of each text from 0, cached ones included; leave them away, or take the map out.")
+    return m, n[:, -keys:], visible[:, -keys:]
+
 def relative_attention(
     module,                      # The attention module that asks
     query, key, value,           # (batch, heads, time, head_dim), not rotated
-    attention_mask,              # bool or int, (batch, keys): 0 for padding; None: no padding
+    attention_mask,              # bool or int, (batch, tokens so far): 0 for padding; None: no padding
     scaling:float,               # Factor on logits
     position_ids,                # int64, (1 or batch, queries)
     sliding_window:int=None,     # Of a layer that sees only so many tokens
     softcap:float=None,          # Gemma 2's cap on logits
     **kwargs,                    # What other attention functions take
 )->tuple: # (output (batch, queries, heads, head_dim), None)
-    "What transformers calls in place of its own attention. A key's position follows from the last query's: keys lie side by side."
-    state, keys = module.relative, key.shape[2]
-    m = position_ids.to(query.device)
-    if len(m) > 1 and (m == m[:1]).all(): m = m[:1]
-    n = m[:, -1:] - (keys - 1) + torch.arange(keys, device=m.device)
-    visible = n >= 0
-    if attention_mask is not None: visible = visible & attention_mask[:, -keys:].bool()
+    "What transformers calls in place of its own attention. Positions are counted from the mask. Raises `PoseError` for others, for masks of another shape and for dropout."
+    check(not kwargs.get('dropout'), "relative maps have no attention dropout; call model.eval(), or set attention_dropout to 0.")
+    m, n, visible = _places(position_ids.to(query.device), attention_mask, query.shape[2], key.shape[2])
+    state = module.relative
     rel = state.rel
     if sliding_window is not None: rel = _Sliding(sliding_window)
     out = [_block(rel, module.layer_idx, query[:, :, i:i + BLOCK], key, value, m[:, i:i + BLOCK], n, visible, state.rotation, scaling, softcap) for i in range(0, query.shape[2], BLOCK)]
@@ -353,15 +364,33 @@ class _Sliding(RelativeMap):
 # %% ../nbs/09_relative.ipynb #00b9ffca
 NAME = 'pose_nb_relative'
 AttentionInterface.register(NAME, relative_attention)
-AttentionMaskInterface.register(NAME, lambda *args, attention_mask=None, **kw: attention_mask)
 
-def _unrotated(module, args, out): return torch.ones_like(out[0]), torch.zeros_like(out[1])
+def _padding(batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask=None, device=None, **kw):
+    "All that is left of a mask: bool, (batch, tokens so far), False for padding."
+    total = int(q_offset) + q_length
+    check(total == kv_length + kv_offset, "relative maps need a cache that grows with the text, such as DynamicCache, not one of fixed size.")
+    if attention_mask is None: return torch.ones(batch_size, total, dtype=torch.bool, device=device)
+    check(attention_mask.shape[-1] == total, f"attention_mask has {attention_mask.shape[-1]} columns for {total} tokens; pass one for every token, cached ones included.")
+    return attention_mask
+
+AttentionMaskInterface.register(NAME, _padding)
+
+def _unrotated(module, args, kwargs, out):
+    "Cosine 1 and sine 0, whatever the positions."
+    at = kwargs['position_ids'] if 'position_ids' in kwargs else args[1]
+    check(not at.is_floating_point(), "a relative map counts whole positions; take away the fractional ones with feed_positions(model, None), or take the map out.")
+    check(getattr(module, 'config', None) is None or module.config._attn_implementation == NAME, "the model's attention was changed while a relative map was in it; take the map out with clear_relative first.")
+    return torch.ones_like(out[0]), torch.zeros_like(out[1])
+
+def _left_by_map(model):
+    "What is needed to take a map out, wherever it was put in: through a wrapper, or the model inside; None: there is no map."
+    return next((m.relative.before for m in model.modules() if hasattr(getattr(m, 'relative', None), 'before')), None)
 
 def clear_relative(
     model, # A transformers model
 ): # The same model
     "Take a relative map out again, if there is one."
-    before = model.__dict__.pop('before_relative', None)
+    before = _left_by_map(model)
     if before is None: return model
     for h in before.hooks: h.remove()
     model.set_attn_implementation(before.attention)
@@ -373,6 +402,7 @@ def set_relative(
     rel:RelativeMap,  # A map; None takes it out
 ): # The same model
     "Put a relative map into a model's attention. Raises `PoseError` for models that it cannot be put into."
+    check(rel is None or isinstance(rel, RelativeMap), f"a relative map is expected, not {rel!r}; pass one such as SelfExtend(8, 1024).")
     clear_relative(model)
     if rel is None: return model
     rotary = list({id(m): m for m in rotary_modules(model).values()}.values())
@@ -381,19 +411,49 @@ def set_relative(
     attentions = [m for m in model.modules() if hasattr(m, 'layer_idx') and type(m).__name__.endswith('Attention')]
     check(attentions and all(hasattr(sys.modules[type(a).__module__], 'apply_rotary_pos_emb') for a in attentions), f"the attention of {type(model).__name__} does not rotate in the usual way; relative maps work on Llama, Mistral, Qwen2, Qwen3, Gemma and their kin.")
     _check_fit(rel, model, attentions)
-    asked = {}
+    try: _put(model, rotary, attentions)
+    except PoseError: clear_relative(model); raise
+    except Exception as e:
+        clear_relative(model)
+        raise PoseError(f"{type(model).__name__} cannot take a relative map ({type(e).__name__}: {_first_line(e)}); choose an architecture such as Llama, Mistral, Qwen2, Qwen3 or Gemma.") from e
+    for a in attentions: a.relative.rel = rel
+    return model
+
+class _Probe(RelativeMap):
+    "Changes nothing, and knows whether it was asked."
+    asked = False
+    def regions(self, layer=0):
+        self.asked = True
+        return super().regions(layer)
+
+@torch.no_grad()
+def _first_logits(model):
+    "What a model says about a few tokens."
+    modes, where = [(m, m.training) for m in model.modules()], model.get_input_embeddings().weight
+    model.eval()
+    try: return getattr(model, '_orig_mod', model)(input_ids=(7 * torch.arange(24, device=where.device) % len(where))[None], use_cache=False)[0]
+    finally:
+        for m, training in modes: m.training = training
+
+def _put(model, rotary, attentions):
+    "A map that changes nothing; it must change nothing."
+    want, probe, asked, kinds = _first_logits(model), _Probe(), {}, []
     for a in attentions:
         kind = None if hasattr(rotary[0], 'inv_freq') else a.config.layer_types[a.layer_idx]
         if kind not in asked: asked[kind] = ask_rotation(rotary[0], a)
-        a.relative = SimpleNamespace(rel=rel, rotation=asked[kind])
-    model.__dict__['before_relative'] = SimpleNamespace(attention=model.config._attn_implementation, attentions=attentions, hooks=[m.register_forward_hook(_unrotated) for m in rotary])
+        kinds.append(kind)
+    before = SimpleNamespace(attention=model.config._attn_implementation, attentions=attentions, hooks=[m.register_forward_hook(_unrotated, with_kwargs=True) for m in rotary])
+    for a, kind in zip(attentions, kinds): a.relative = SimpleNamespace(rel=probe, rotation=asked[kind], before=before)
     model.set_attn_implementation(NAME)
-    return model
+    check(model.config._attn_implementation == NAME, f"{type(model).__name__} does not let its attention be exchanged; choose an architecture such as Llama, Mistral, Qwen2, Qwen3 or Gemma.")
+    off = ((_first_logits(model) - want).abs().max() / want.abs().max()).item()
+    check(off < (.01 if want.dtype == torch.float32 else .15), f"{type(model).__name__} computes its attention in another way: a map that changes nothing changes its logits by {off:.2g} of their size; choose an architecture such as Llama, Mistral, Qwen2, Qwen3 or Gemma.")
+    check(probe.asked, "every layer of this model looks back only as far as its sliding window, so that a relative map would change nothing; set sliding_window to None in its config first.")
 
 def _check_fit(rel, model, attentions):
     "A map that is made for other heads or layers is refused."
     if not isinstance(rel, DPE): return
-    pairs, heads = rope_info(model).dim // 2, model.config.get_text_config().num_attention_heads
+    pairs, heads = frequencies(next(iter(rotary_modules(model).values())))[0].numel(), model.config.get_text_config().num_attention_heads
     check(rel.pairs == pairs, f"this DPE table is for heads of {rel.pairs} pairs, and the model's have {pairs}; use a table made for it.")
     check(rel.keep is None or (len(rel.keep) == len(attentions) and all(len(k) == heads for k in rel.keep)), f"this DPE table is for another number of layers or heads than the model's {len(attentions)} and {heads}; use a table made for it.")
 
@@ -402,9 +462,11 @@ def relative(
     model,            # A transformers causal language model
     rel:RelativeMap,  # A map
 ):
-    "A relative map for the time of a block. Raises `PoseError` as `set_relative` does."
+    "A relative map for the time of a block; then the one before, if any. Raises `PoseError` as `set_relative` does."
+    before = _left_by_map(model)
+    outer = before and before.attentions[0].relative.rel
     try: yield set_relative(model, rel)
-    finally: clear_relative(model)
+    finally: set_relative(model, outer)
 
 # %% ../nbs/09_relative.ipynb #5cc17e07
 def _power_of_two(reaches):
