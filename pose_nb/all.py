@@ -42,6 +42,7 @@ from .doctor import *
 from .workflow import *
 from .harness import *
 from .evaluate import *
+from .dpe import *
 from .plan import *
 from .experiment import *
 

@@ -87,6 +87,8 @@ VERBS = {('demo',): ('workflow.demo', 'the whole story, offline, on a CPU, in mi
          ('eval', 'longppl'): ('evaluate.eval_longppl', 'perplexity of the tokens that need far context'),
          ('eval', 'short'): ('evaluate.eval_short', 'standard benchmarks, through lm-evaluation-harness'),
          ('eval', 'all'): ('evaluate.eval_all', 'every test that fits, in one report; resumes'),
+         ('generate',): ('relative.generate', 'continue a prompt, with a relative map or none'),
+         ('detect',): ('dpe.detect', "find DPE's scales for a model; resumes"),
          ('coverage',): ('workflow.coverage_report', 'which relative distances training meets')}
 
 def usage()->str: # The text of `pose_nb --help`

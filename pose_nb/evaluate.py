@@ -286,6 +286,10 @@ def plot(self:PerplexityTest,
                        intervals={n: {r['length']: (r['low'], r['high']) for r in rs} for n, rs in rows.items()})
 
 # %% ../nbs/10e_evaluate.ipynb #81bc0cb7
+def _told(rel): return f"{rel.name} ({', '.join(f'{k} {v}' for k, v in asdict(rel).items() if v is not None and len(str(v)) <= 60)})"
+
+def _label(relative): return f'-{relative}' if relative else ''
+
 def report(
     test,           # A test
     results:dict,   # {subject name: finished pieces}, the measured model first
@@ -342,10 +346,6 @@ def _map(subject, relative, settings, longest):
     source = (settings or {}).get('source')
     check(source, "dpe needs its scales; give --relative-kwargs '{\"source\": ...}' with the dpe.json of pose_nb detect, or the name of a published table.")
     return find_dpe(source, subject)
-
-def _told(rel): return f"{rel.name} ({', '.join(f'{k} {v}' for k, v in asdict(rel).items() if v is not None and len(str(v)) <= 60)})"
-
-def _label(relative): return f'-{relative}' if relative else ''
 
 def _kept(folder): return Pieces(folder and Path(folder)/'eval'/'pieces')
 
