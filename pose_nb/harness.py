@@ -19,13 +19,13 @@ from matplotlib import pyplot as plt
 from packaging.version import Version
 from scipy import stats
 
+from .answers import wilson
 from .common import PoseError, check, write_atomic, write_json
 from .engines import join, shared_map
 from .export import read_record
 from .model import check_frequencies, load_config, load_model, load_tokenizer, rope_info
 from .perplexity import _integer, _length_dependent, evaluating
 from .plots import color, table
-from .retrieval import wilson
 
 # %% ../nbs/12_harness.ipynb #9489fca4
 TABLE3 = {'boolq':          dict(column='BoolQ',      shots=0,  metric='acc'),
