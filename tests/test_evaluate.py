@@ -9,7 +9,7 @@ import pose_nb.evaluate as evaluate
 from conftest import make_texts
 from pose_nb.answers import wilson
 from pose_nb.common import PoseError, read_json, write_json
-from pose_nb.evaluate import AnswerTest, PerplexityTest, Pieces, Subject, eval_passkey, eval_ppl, mark_difference, measure, model_hash, newcombe
+from pose_nb.evaluate import AnswerTest, PerplexityTest, Pieces, Subject, eval_passkey, eval_ppl, mark_difference, run_pieces, model_hash, newcombe
 from pose_nb.harness import paired_interval
 from pose_nb.retrieval import Passkey
 
@@ -52,17 +52,17 @@ def both_kinds(texts): return lambda s: [AnswerTest(Passkey(), (240, 260), (0., 
 
 def test_stopped_and_gone_on_equals_never_stopped(model, tmp_path, monkeypatch):
     tests, whole, ran = both_kinds(make_texts(4)), Pieces(tmp_path/'whole'), []
-    want = measure(tests, [Subject(model)], whole, progress=False)
+    want = run_pieces(tests, [Subject(model)], whole, progress=False)
     real = Pieces.keep
     def until_the_fourth(self, key, value):
         ran.append(key)
         if len(ran) == 4: raise KeyboardInterrupt
         return real(self, key, value)
     monkeypatch.setattr(Pieces, 'keep', until_the_fourth)
-    with pytest.raises(KeyboardInterrupt): measure(tests, [Subject(model)], Pieces(tmp_path/'part'), progress=False)
+    with pytest.raises(KeyboardInterrupt): run_pieces(tests, [Subject(model)], Pieces(tmp_path/'part'), progress=False)
     monkeypatch.setattr(Pieces, 'keep', real)
     assert len(list((tmp_path/'part').iterdir())) == 3
-    assert measure(tests, [Subject(model)], Pieces(tmp_path/'part'), progress=False) == want
+    assert run_pieces(tests, [Subject(model)], Pieces(tmp_path/'part'), progress=False) == want
     assert sorted(p.name for p in (tmp_path/'part').iterdir()) == sorted(p.name for p in (tmp_path/'whole').iterdir())
     for p in (tmp_path/'whole').iterdir(): assert p.read_bytes() == (tmp_path/'part'/p.name).read_bytes()
 
@@ -70,11 +70,11 @@ def test_stopped_and_gone_on_equals_never_stopped(model, tmp_path, monkeypatch):
 def test_finished_work_needs_no_model_and_other_settings_are_other_pieces(model, tmp_path):
     class Never(Subject): net = property(lambda self: pytest.fail('loaded'))
     pieces, tests = Pieces(tmp_path/'p'), both_kinds(make_texts(4))
-    measure(tests, [Subject(model)], pieces, progress=False)
-    measure(tests, [Never(model)], pieces, progress=False)
+    run_pieces(tests, [Subject(model)], pieces, progress=False)
+    run_pieces(tests, [Never(model)], pieces, progress=False)
     for t in (AnswerTest(Passkey(), (240,), (0., 1.), trials=4), AnswerTest(Passkey(), (240,), (0., 1.), trials=3, seed=1), AnswerTest(Passkey(digits=5), (240,), (0., 1.), trials=3),
               AnswerTest(Passkey(), (240,), None, trials=3), PerplexityTest(tuple(make_texts(4)), (64, 128), stride=7, limit=1), PerplexityTest(tuple(make_texts(5, seed=1)), (64, 128), limit=1)):
-        with pytest.raises(pytest.fail.Exception, match='loaded'): measure(lambda s: [t], [Never(model)], pieces, progress=False)
+        with pytest.raises(pytest.fail.Exception, match='loaded'): run_pieces(lambda s: [t], [Never(model)], pieces, progress=False)
 
 
 def test_pooled_documents_equal_documents_measured_together(model, tmp_path):
@@ -82,7 +82,7 @@ def test_pooled_documents_equal_documents_measured_together(model, tmp_path):
     s, texts = Subject(model), make_texts(3)
     docs = tokenize_documents(texts, s.tokenizer)
     for t, r in ((PerplexityTest(tuple(texts), (64, 128)), perplexity(s.net, docs, (64, 128), progress=False)), (PerplexityTest(tuple(texts), (64, 128), last=9), context_perplexity(s.net, docs, (64, 128), 9, progress=False))):
-        for row, want in zip(t.rows(measure(lambda _: [t], [s], Pieces(None), progress=False)[s.name][t.name]), r.rows, strict=True):
+        for row, want in zip(t.rows(run_pieces(lambda _: [t], [s], Pieces(None), progress=False)[s.name][t.name]), r.rows, strict=True):
             assert row['ppl'] == pytest.approx(want.ppl, rel=1e-6) and (row['low'], row['high']) == pytest.approx(want.interval, rel=1e-5) and row['scored'] == want.scored
 
 
