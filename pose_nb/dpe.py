@@ -8,8 +8,9 @@ __all__ = ['PRESETS', 'CRITERIA', 'Preset', 'model_shape', 'preset', 'first_dist
            'best_scale', 'as_good', 'ScaleTable', 'detect_scales', 'scales_plot', 'find_key_pairs', 'detect',
            'describe', 'load_table', 'check_table', 'load_dpe', 'find_dpe']
 
-# %% ../nbs/09a_dpe.ipynb #f572582a
-import hashlib, json, math
+# %% ../nbs/09a_dpe.ipynb #53c88d3b
+import hashlib, json, math, sys
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from .model import load_config, rope_info
 from .needles import Haystack, MultiNeedle, Needle
 from .perplexity import _integer, evaluating, mean_over_documents, tokenize_documents
 from .plots import table, token_axis, token_label, use_style
-from .relative import DPE, NAME, RelativeMap, relative, relative_attention
+from .relative import DPE, RelativeMap, relative
 from .retrieval import Passkey
 from .workflow import bos_id, heldout_texts, save_figure
 
@@ -99,40 +100,46 @@ def first_plot(
     token_axis(ax, ticks, 'y', log=True); ax.legend()
     return ax
 
-# %% ../nbs/09a_dpe.ipynb #dba3b32d
-_RECORD = 'pose_nb_key_pairs'
-
+# %% ../nbs/09a_dpe.ipynb #36dd6f37
 def pair_norms(
-    x:torch.Tensor, # (batch, heads, time, head_dim), queries or keys
+    x:torch.Tensor, # (batch, heads, time, head_dim), queries or keys, rotated or not
     r,              # `Rotation` of the layer, which knows the channels of each pair
 )->torch.Tensor: # float32, (batch, heads, time, pairs)
     "Length of the part of every vector that each pair rotates."
     member = F.one_hot(r.pair.to(x.device), len(r.pair) // 2).float()
     return (x[..., :len(r.pair)].float().square() @ member).sqrt()
 
-def _record(module, query, key, *args, **kw):
-    "Attention as without a map, which leaves the contributions with its module."
-    q, k = (pair_norms(x, module.relative.rotation) for x in (query, key))
-    module.relative.contribution = (q * k.repeat_interleave(q.shape[1] // k.shape[1], 1)).double().mean((0, 2)).cpu()
-    return relative_attention(module, query, key, *args, **kw)
+# %% ../nbs/09a_dpe.ipynb #5240542f
+_RECORD = 'pose_nb_key_pairs'
 
-AttentionInterface.register(_RECORD, _record)
-AttentionMaskInterface.register(_RECORD, AttentionMaskInterface()[NAME])         # what makes the mask of relative attention makes this one's
+@contextmanager
+def _recording(model):
+    "{attention module: (heads, pairs) of the last reading}, filled while the model reads as always."
+    with relative(model, RelativeMap()): rotation = {a: a.relative.rotation for a in _attentions(model)}      # refuses what takes no map
+    how, seen = model.config._attn_implementation, {}
+    plain = how if how in ('sdpa', 'eager') else 'sdpa'
+    def record(module, query, key, *args, **kw):
+        r = rotation[module]
+        q, k = (pair_norms(x, r) / r.factor for x in (query, key))
+        seen[module] = (q * k.repeat_interleave(q.shape[1] // k.shape[1], 1)).double().mean((0, 2)).cpu()
+        attention = sys.modules[type(module).__module__].eager_attention_forward if plain == 'eager' else AttentionInterface()[plain]
+        return attention(module, query, key, *args, **kw)
+    AttentionInterface.register(_RECORD, record); AttentionMaskInterface.register(_RECORD, AttentionMaskInterface()[plain])
+    try: model.set_attn_implementation(_RECORD); yield seen
+    finally: model.set_attn_implementation(how)
 
-# %% ../nbs/09a_dpe.ipynb #3fd6538d
 def contributions(
     model,          # A transformers causal language model
     documents:list, # int64 arrays of token ids, each at least as long as the longest length
     lengths,        # Tokens read at once, increasing; at most the window
 )->np.ndarray: # float64, (layers, heads of queries, pairs)
-    "Mean of ||q_i|| ||k_i|| over tokens, documents and lengths. Raises `PoseError` for documents that are too short."
+    "Mean of ||q_i|| ||k_i|| over tokens, documents and lengths. Raises `PoseError` for documents that are too short, and as `set_relative` does."
     check(len(documents) and min(map(len, documents)) >= max(lengths), f"the shortest of {len(documents)} documents has {min(map(len, documents), default=0)} tokens; use documents of at least {max(lengths)}.")
     device = next(model.parameters()).device
-    def read(job):
-        model(torch.as_tensor(np.asarray(documents[job[1]][:job[0]]), device=device)[None], use_cache=False, logits_to_keep=1)
-        return torch.stack([a.relative.contribution for a in _attentions(model)]).numpy()
-    with evaluating(model), relative(model, RelativeMap()):
-        model.set_attn_implementation(_RECORD)
+    with evaluating(model), _recording(model) as seen:
+        def read(job):
+            model(torch.as_tensor(np.asarray(documents[job[1]][:job[0]]), device=device)[None], use_cache=False, logits_to_keep=1)
+            return torch.stack([seen[a] for a in _attentions(model)]).numpy()
         return np.mean(shared_map(read, [(n, d) for n in lengths for d in range(len(documents))]), 0)
 
 def keep_top(

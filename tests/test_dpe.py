@@ -130,6 +130,15 @@ def test_key_pairs_change_what_they_should():
     assert not torch.allclose(logits(DPE((4, 4), 8, 8, key_pairs(net, docs(), 4))), logits(SelfExtend(4, 8)), atol=1e-3)
 
 
+@pytest.mark.parametrize('how', ['sdpa', 'eager'])
+def test_attention_and_scaling_do_not_matter(how):
+    net, other = model(), model(rope_parameters=dict(rope_type='yarn', factor=8., rope_theta=1e4, original_max_position_embeddings=64), max_position_embeddings=512)
+    net.set_attn_implementation(how)
+    plain = contributions(net, docs(), (32,))
+    assert np.allclose(plain[0], contributions(other, docs(), (32,))[0], rtol=1e-5)       # the first layer reads the same; YaRN's factor on cos and sin is no length of q and k
+    assert np.allclose(plain, contributions(model(), docs(), (32,)), rtol=1e-4) and net.config._attn_implementation == how
+
+
 def test_bad_key_pairs_are_refused():
     net = model()
     for call, words in ((lambda: key_pairs(net, [], 2), '0 documents'), (lambda: key_pairs(net, docs(2, 8), 2, (16,)), 'has 8 tokens'), (lambda: key_pairs(net, docs(), 9), 'has 8 pairs'),
