@@ -215,6 +215,7 @@ class MultiNeedle(Needle):
     def __post_init__(self):
         choose(self.criterion, CRITERIA, 'criterion')
         n = _integer(self.needles, 'needles')
+        check(n <= 1000, f"needles is {n}; use at most 1,000.")
         check(n > 1 or self.criterion != 'two', "criterion 'two' needs at least 2 needles; use more, or 'any'.")
         check(self.value is None, "several needles are numbers; leave value out.")
         super().__post_init__()
