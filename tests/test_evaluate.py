@@ -306,3 +306,43 @@ def test_a_foreign_record_and_unknown_attention_are_one_sentence(model, cli):
     r = cli(*words, '--attn-implementation', 'foo'); assert r.code == 2 and "attention code 'foo' is unknown" in r.err and 'damaged' not in r.err
     (model/'pose_nb.json').write_text('[1]')
     r = cli(*words); assert r.code == 2 and 'not a record of a run' in r.err and not (model/'eval').exists()
+
+
+VERBS = [('needle', ['--distractors', '2', '--lengths', '300'], 'needle'), ('needle', ['--needles', '3', '--criterion', 'any', '--lengths', '400'], 'multi_needle'), ('lines', ['--lengths', '700', '--number', 'last'], 'lines'),
+         ('kv', ['--pairs', '3'], 'key_value'), ('kv', ['--lengths', '900'], 'key_value'), ('ruler', ['--tasks', 'niah_single_2,vt', '--lengths', '2k'], 'ruler')]
+
+@pytest.mark.parametrize('verb,words,name', VERBS, ids=lambda x: ' '.join(x) if isinstance(x, list) else x)
+def test_every_retrieval_verb(model, cli, corpus, verb, words, name):
+    data = ['--data', corpus.jsonl] if verb == 'needle' else []
+    r = cli('eval', verb, model, *words, *data, '--trials', '2', '--json', '--no-progress')
+    assert r.code == 0, r.err
+    out = json.loads(r.out)
+    assert out['name'] == name and (model/'eval'/f'{name}.json').exists() and (model/'eval'/f'{name}.svg').exists() and out['rows']
+    if verb == 'ruler': assert {x['test'] for x in out['rows']} == {'niah_single_2', 'vt', 'RULER average of 2'} and (model/'eval'/'vt.json').exists()
+
+
+def test_a_relative_map_is_another_measurement_of_the_same_model(model, cli):
+    words = ('eval', 'passkey', model, '--lengths', '240,260', '--trials', '3', '--json', '--no-progress')
+    plain, mapped = json.loads(cli(*words).out), json.loads(cli(*words, '--relative', 'rerope', '--relative-kwargs', '{"window": 8}', '--compare', model).out)
+    assert mapped['name'] == 'passkey-rerope' and mapped['title'].endswith('rerope (window 8)') and list(mapped['models']) == ['model+rerope', 'model']
+    assert [r['nll'] for r in mapped['rows'][2:]] == [r['nll'] for r in plain['rows']] != [r['nll'] for r in mapped['rows'][:2]] and len(mapped['differences']) == 2
+    assert {p.name for p in (model/'eval').glob('*.json')} == {'passkey.json', 'passkey-rerope.json'}
+
+
+@pytest.mark.parametrize('words,says', [(['--relative', 'rerop'], 'unknown relative map'), (['--relative', 'self_extend', '--relative-kwargs', '{"group": 2, "window": 32}'], 'reaches 96 tokens'), (['--relative-kwargs', '{"group": 2}'], 'name it with --relative'),
+                                        (['--relative', 'rerope', '--relative-kwargs', '{"grup": 2}'], "no setting 'grup'"), (['--relative', 'dpe'], 'dpe needs its scales'), (['--relative', 'dpe', '--relative-kwargs', '{"source": "llama3-8b-readme"}'], 'pairs')])
+def test_maps_that_cannot_be(model, cli, words, says):
+    r = cli('eval', 'passkey', model, '--lengths', '240', '--no-progress', *words)
+    assert r.code == 2 and says in r.err and 'Traceback' not in r.err and not (model/'eval').exists()
+
+
+def test_generate_writes_what_the_model_would(model, cli, tmp_path):
+    (tmp_path/'p.txt').write_text(make_texts(1, 60)[0])
+    one, two = (json.loads(cli('generate', model, '--prompt-file', tmp_path/'p.txt', '--max-new-tokens', '5', '--json', *w).out) for w in ([], ['--relative', 'rerope', '--relative-kwargs', '{"window": 8}', '--chunk', '7']))
+    s = Subject(model); ids = s.tokenizer((tmp_path/'p.txt').read_text(), return_tensors='pt')['input_ids']
+    with torch.inference_mode():
+        for _ in range(5): ids = torch.cat([ids, s.net(ids).logits[:, -1:].argmax(-1)], 1)
+    assert one['text'] == s.tokenizer.decode(ids[0, -5:], skip_special_tokens=True) and one['new_tokens'] == 5 and two['relative'] == dict(name='rerope', window=8) and two['text'] != one['text']
+    for words, says in (([], 'either --prompt-file or --prompt'), (['--prompt-file', 'no.txt'], 'no.txt'), (['--prompt', 'a', '--temperature', '-1'], 'temperature'), (['--prompt', 'a', '--max-new-tokens', '0'], 'max_new_tokens')):
+        r = cli('generate', model, *words)
+        assert r.code == 2 and says in r.err and 'Traceback' not in r.err
