@@ -169,6 +169,7 @@ def set_scaling(
 ): # The same model
     "Give a model the frequencies of `scaling`, always starting from its original ones. Raises `PoseError` if it cannot, and leaves the model as it was."
     check(not refusal(model.config.model_type), f"a model of type '{model.config.model_type}' cannot be extended: {refusal(model.config.model_type)}.")
+    check(not any(hasattr(getattr(m, 'relative', None), 'before') for m in model.modules()), "a relative map is in this model, and new frequencies would not reach it; take it out with clear_relative first.")
     info, modules, config = rope_info(model, original), rotary_modules(model), copy.deepcopy(vars(model.config))
     check(target >= info.original, f"target {target} is below the model's original window of {info.original} tokens; ask for at least {info.original}.")
     check_exact(target)

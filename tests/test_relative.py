@@ -754,3 +754,12 @@ def test_memory_is_linear_and_32k_tokens_fit():
     (a, at_8k), (b, at_32k) = (peak_memory(n, 'SelfExtend(8, 128)') for n in (8192, 32768))
     assert at_32k < 4096, at_32k
     assert at_32k - b < 6 * max(at_8k - a, 30), (at_8k - a, at_32k - b)          # four times the tokens; squares would be 16
+
+
+def test_new_frequencies_are_refused_while_a_map_is_in():
+    from conftest import make_model
+    from pose_nb.interpolation import Linear
+    from pose_nb.model import set_scaling
+    m = make_model()
+    with relative(m, ReRoPE(8)), pytest.raises(PoseError, match='clear_relative'): set_scaling(m, Linear(4.), 256)
+    assert set_scaling(m, Linear(4.), 256).config.max_position_embeddings == 256
