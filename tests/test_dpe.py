@@ -188,6 +188,8 @@ def test_as_good_is_paired():
     asked = [[dict(mark=0, nll=h + d + .01 * rng.random()) for h in hard] for d in (.1, 0, .002)]
     assert as_good(asked, (1, 2, 4), 2, 'nll') == [2, 4] or as_good(asked, (1, 2, 4), 2, 'nll') == [2]
     assert 1 not in as_good(asked, (1, 2, 4), 2, 'nll') and as_good(asked, (1, 2, 4), 2, 'mark') == [1, 2, 4]
+    right = [[dict(mark=float(i % 4 < k)) for i in range(40)] for k in (1, 3, 4)]
+    assert as_good(right, (1, 2, 4), 4, 'mark') == [4]                       # of marks, less is worse
     assert as_good([a[:1] for a in asked], (1, 2, 4), 2, 'nll') == [1, 2, 4]      # one question tells nothing
 
 
@@ -284,6 +286,14 @@ def test_progress_has_a_time_to_go(subject, tmp_path, capsys):
         detect_scales(subject, plan, Pieces(tmp_path), progress=True)
     bars, cells, cost = list(seen.values()), len(plan.cells()), plan.test.cost
     assert all(total == cost * (cells + 1) and n - initial in (0, cost) for total, n, initial in bars) and [b[1] - b[2] for b in bars] == [0, cost]
+
+
+def test_the_choice_is_asked_with_its_key_pairs(subject):
+    for candidates in ([2, 8], [8]):                                         # a choice that is no cell, and one that is
+        keep = ((tuple(range(3)),) * 2,) * 2
+        t = detect_scales(subject, small(subject, candidates=candidates), keep=keep, progress=False)
+        with relative(subject.net, DPE(tuple(t.scales), 16, 8, keep)): r = retrieve(subject.net, subject.tokenizer, Passkey(), (LONG,), trials=2, bos=0, progress=False).rows[0]
+        assert t.together['nll'] == pytest.approx(r.nll, abs=1e-6) and t.together['nll'] != pytest.approx(t.uniform['nll'], abs=1e-3) and t.keep == keep
 
 
 class Impatient(Pieces):
