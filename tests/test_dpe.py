@@ -12,7 +12,7 @@ from pose_nb.answers import retrieve
 from pose_nb.cli import make_parser
 from pose_nb.common import PoseError
 from pose_nb.dpe import (PRESETS, Detection, as_good, best_scale, cell_score, check_table, contributions, detect, detect_scales, find_key_pairs, first_distance, keep_top, key_pairs,
-                         find_dpe, load_dpe, load_table, model_shape, plan_detection, preset, scales_plot)
+                         find_dpe, load_dpe, load_table, attention_shape, plan_detection, preset, scales_plot)
 from pose_nb.evaluate import Pieces, Subject
 from pose_nb.needles import MultiNeedle
 from pose_nb.relative import DPE, SelfExtend, relative
@@ -43,7 +43,7 @@ def channels(kind, pair, pairs): return [2 * pair, 2 * pair + 1] if kind in INTE
 @pytest.mark.parametrize('kind', ['llama', 'mistral', 'qwen2', 'qwen3', 'cohere', 'glm'])
 @pytest.mark.parametrize('pair', [0, 3])
 def test_a_pair_made_large_is_the_top_pair(kind, pair):
-    net = model(kind); shape = model_shape(net)
+    net = model(kind); shape = attention_shape(net)
     at = channels(kind, pair, shape['pairs'])
     with torch.no_grad():
         for layer in net.model.layers:
@@ -164,7 +164,7 @@ def test_presets_refuse_other_heads(checkpoint):
     for m in (model(), checkpoint()):
         with pytest.raises(PoseError, match='64 pairs, and this model.s have 8'): preset('qwen2.5_7b', m)
     with pytest.raises(PoseError, match='choose one of: llama3_8b_readme, llama3_8b_yaml, mistral'): preset('llama3')
-    with pytest.raises(PoseError, match='transformers model|rotary'): model_shape(torch.nn.Linear(2, 2))
+    with pytest.raises(PoseError, match='transformers model|rotary'): attention_shape(torch.nn.Linear(2, 2))
 
 
 # ---- choosing
@@ -265,7 +265,7 @@ def test_planted_scales_are_found(wanted, criterion):
     fake = SimpleNamespace(info=SimpleNamespace(dim=32, length=256), name='m', hash='h', tokenizer=None)
     plan = Detection(SimpleNamespace(cost=1, lengths=(1024,), task=Passkey(), seed=0, bos=None), 16, 4, 32, (1, 2, 4, 8, 16), 8, criterion)
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(dpe, 'ask_cell', ask); m.setattr(dpe, 'model_shape', lambda s: dict(layers=1, heads=1, pairs=16))
+        m.setattr(dpe, 'ask_cell', ask); m.setattr(dpe, 'attention_shape', lambda s: dict(layers=1, heads=1, pairs=16))
         t = detect_scales(fake, plan, progress=False)
     assert t.scales == wanted and t.together['nll'] == pytest.approx(.1)
 
