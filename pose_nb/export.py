@@ -245,8 +245,9 @@ def _eval_section(out:Path):
     for p in sorted((out/'eval').glob('*.json')) if (out/'eval').exists() else []:
         r = read_json(p)
         parts += [f"### {r['title']}\n", markdown_table(r['rows']), r.get('protocol', '')]
+        if r.get('differences') and 'left_out' not in r: parts += [f"\n{' compared with '.join(r['models'])}; `clear`: the 95% interval excludes no difference.\n", markdown_table(r['differences'])]       # an overview repeats those of its tests
         parts += [f"![{r['title']}](eval/{p.stem}.svg)\n" for _ in range((out/'eval'/f'{p.stem}.svg').exists())]
-    return '\n'.join(parts) or 'Not evaluated yet: run `pose_nb eval ppl` and `pose_nb eval passkey` on this folder.\n'
+    return '\n'.join(parts) or 'Not evaluated yet: run `pose_nb eval all` on this folder.\n'
 
 def markdown_table(
     rows:list,  # Dicts with the same keys

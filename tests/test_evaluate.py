@@ -346,3 +346,11 @@ def test_generate_writes_what_the_model_would(model, cli, tmp_path):
     for words, says in (([], 'either --prompt-file or --prompt'), (['--prompt-file', 'no.txt'], 'no.txt'), (['--prompt', 'a', '--temperature', '-1'], 'temperature'), (['--prompt', 'a', '--max-new-tokens', '0'], 'max_new_tokens')):
         r = cli('generate', model, *words)
         assert r.code == 2 and says in r.err and 'Traceback' not in r.err
+
+
+def test_the_card_has_every_result_and_every_difference(cli, checkpoint, tmp_path):
+    out = tmp_path/'long'
+    assert cli('patch', checkpoint(), '--target', '256', '--output-dir', out).code == 0
+    assert cli('eval', 'all', out, '--tasks', 'passkey,needle', '--lengths', '300,320', '--trials', '2', '--compare', checkpoint(), '--no-progress').code == 0
+    card = (out/'README.md').read_text()
+    assert all(f'### {t}' in card for t in ('Overview', 'Passkey retrieval', 'Retrieval: needle')) and card.count('long compared with base') == 2 and '| length | base | model | difference | low | high | clear |' in card

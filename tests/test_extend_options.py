@@ -180,7 +180,7 @@ SAYS = {'--eval-windows 3': 'eval_windows needs exams', '--eval-prompts 0 --eval
         '--eval-steps 2 --eval-data SAME': 'also trained on', '--eval-steps 2 --eval-data FOLDER': 'also trained on', '--eval-steps 2 --eval-data UNSEEN --target 100': '--eval-prompts 0', '--eval-steps 2 --eval-data SHORT': 'give longer documents with --eval-data',
         '--stream --num-proc 2': 'does nothing for a stream', '--num-proc 0': 'num_proc is 0', '--stream --passkey-share .2': 'stored text', '--sampler e2llm --scaling linear --mix-original .2': 'e2llm', '--mix-original 1': 'leave room for text',
         '--lora-targets q_proj': '--lora-r', '--load-in-4bit': '--lora-r', '--lora-r -1': 'rank r is -1', '--lora-r 4 --lora-targets ,': 'targets are empty', '--report-to paper': "unknown report_to 'paper'", '--save-total-limit 0': 'save_total_limit is 0',
-        '--data EMPTY': 'an empty name', '--data SAME': 'named twice', '--data UNSEEN:1': 'no weight', '--resume-from-checkpoint': 'no run to resume'}
+        '--data EMPTY': 'the text is empty', '--data SAME': 'named twice', '--data UNSEEN:1': 'no weight', '--resume-from-checkpoint': 'no run to resume'}
 
 
 @pytest.mark.parametrize('more', SAYS)
