@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .answers import Answers, Prompt, Reader, Task, depth_plot, make_trials, retrieve, trial_rng, wilson
+from .answers import Answers, Prompt, Reader, Task, _encode, continuation, depth_plot, make_trials, retrieve, trial_rng, wilson
 from .common import check
 from .perplexity import _integer
 from .plots import table
@@ -41,8 +41,6 @@ def _garbage(pieces, depth, uniform):
     return units, before, GARBAGE * before, GARBAGE * (units - before) + ''.join(PIECES[:extra])
 
 # %% ../nbs/08_retrieval.ipynb #3f4478f7
-def _encode(tokenizer, text): return tokenizer(text, add_special_tokens=False, verbose=False)['input_ids']
-
 def _estimate(tokenizer, room):
     "How many pieces of garbage take `room` tokens, by the cost of each piece in running text."
     costs = [len(i) for i in _encode(tokenizer, [GARBAGE * 2 + ''.join(PIECES[:i]) for i in range(len(PIECES) + 1)])]
@@ -54,8 +52,7 @@ def answer_tokens(
     key:int,    # The hidden number
 )->list: # Token ids of " key" as they follow the question
     "The tokens a model must produce after the question, space included."
-    question, both = _encode(tokenizer, QUESTION), _encode(tokenizer, f'{QUESTION} {key}')
-    return both[len(question):] if both[:len(question)] == question else _encode(tokenizer, f' {key}')
+    return continuation(tokenizer, QUESTION, f' {key}')
 
 # %% ../nbs/08_retrieval.ipynb #8e228896
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['REPEAT', 'NEEDLE', 'NIAH', 'NIAH_PREFIX', 'DEPTHS', 'RULER', 'VT', 'VT_PREFIX', 'CWE', 'CWE_PREFIX', 'FWE',
-           'FWE_PREFIX', 'QA_TASK', 'QA_PREFIX', 'KINDS', 'largest', 'Draft', 'continuation', 'tidy', 'found',
-           'RulerTask', 'key_words', 'singular', 'Niah', 'VariableTracking', 'list_words', 'CommonWords', 'zipf_counts',
-           'FrequentWords', 'questions', 'QA', 'ruler_task', 'weighted_mean', 'ruler_scores', 'RulerResult', 'ruler']
+           'FWE_PREFIX', 'QA_TASK', 'QA_PREFIX', 'KINDS', 'largest', 'Draft', 'tidy', 'found', 'RulerTask', 'key_words',
+           'singular', 'Niah', 'VariableTracking', 'list_words', 'CommonWords', 'zipf_counts', 'FrequentWords',
+           'questions', 'QA', 'ruler_task', 'weighted_mean', 'ruler_scores', 'RulerResult', 'ruler']
 
 # %% ../nbs/08d_ruler.ipynb #fc3c67a1
 import json, random, re, string, uuid
@@ -19,7 +19,7 @@ import numpy as np
 from matplotlib import pyplot as plt
 from scipy.special import zeta
 
-from .answers import Answers, Prompt, Task, _tokenizer_bos, make_trials, reach, retrieve, share_found
+from .answers import Answers, Prompt, Task, _encode, _tokenizer_bos, continuation, make_trials, reach, retrieve, share_found
 from .common import PoseError, check, choose
 from .data import stdlib_documents
 from .perplexity import _integer, check_lengths
@@ -55,17 +55,6 @@ class Draft:
     answer:str       # A right continuation, as it follows `prefix`
     references:list  # Strings that a right reply contains
     facts:dict       # What a result shall remember
-
-def _encode(tokenizer, text): return tokenizer(text, add_special_tokens=False, verbose=False)['input_ids']
-
-def continuation(
-    tokenizer,   # A Hugging Face tokenizer
-    prefix:str,  # What the prompt ends with
-    answer:str,  # What follows
-)->list: # Token ids
-    "The tokens of `answer` as they follow `prefix`."
-    before, both = _encode(tokenizer, prefix), _encode(tokenizer, prefix + answer)
-    return both[len(before):] if both[:len(before)] == before else _encode(tokenizer, answer)
 
 # %% ../nbs/08d_ruler.ipynb #774ad230
 def tidy(
