@@ -85,8 +85,9 @@ def maps(draw, pairs=4):
 def test_regions_are_disjoint_complete_and_as_defined(rel, T):
     at = torch.arange(T)
     m, n = at[:, None], at[None]
-    times = sum((r.sees(m, n) & (n <= m)).int() for r in rel.regions())
+    times = sum(r.sees(m, n).int() for r in rel.regions())
     seen = times[(n <= m).expand(T, T)]
+    assert not times[(n > m).expand(T, T)].any()                                             # no region looks ahead
     assert (seen <= 1).all() and (isinstance(rel, LMInfinite) or (seen == 1).all())
     got, pairs = rel.distance(at, at), rel.pairs if isinstance(rel, DPE) else 1
     got = got if got.dim() == 3 else got[..., None]
@@ -142,9 +143,23 @@ REFUSALS = [(lambda: SelfExtend(6, 1024), 'group 6 does not divide window 1024.*
             (lambda: LeakyReRoPE(8, math.inf), 'at least 1'), (lambda: LeakyReRoPE(8, math.nan), 'at least 1'), (lambda: STRING(8, 9), 'use at most 8'), (lambda: STRING(0, 0), 'shift'), (lambda: STRING(8, -1), 'local'),
             (lambda: DCA(8, 7), 'use at least 8'), (lambda: DCA(0, 7), 'chunk'), (lambda: DCA.of(4096, 'papr'), 'choose one of: paper, code'), (lambda: LMInfinite(0), 'window'), (lambda: LMInfinite(4, -1), 'first'),
             (lambda: DPE((1, 3), 128, 16), 'scale 3 does not divide'), (lambda: DPE((1, 2, 4), 128, 16), 'use a number that divides 16'), (lambda: DPE((), 128, 16), '0 scales'), (lambda: DPE((0, 1), 128, 16), 'scale'),
+            (lambda: SelfExtend(2, 8, log_n=1), 'log_n is 1'), (lambda: ReRoPE(8, log_n=2.5), 'log_n'), (lambda: STRING(8, 2, attention_factor=0.), 'above 0'), (lambda: DCA(8, 9, math.inf), 'above 0'), (lambda: DCA(8, 9, math.nan), 'above 0'),
             (lambda: DPE((1, 2), 128, 16, keep=(((16,),),)), 'from 0 to 15'), (lambda: DPE((1, 2), 128, 16, keep=(((-1,),),)), 'from 0 to 15'),
             (lambda: SelfExtend(8, 512).reach(256), 'use at most 256'), (lambda: ReRoPE(256).reach(256), 'use at most 255'), (lambda: LeakyReRoPE(300).reach(256), 'use at most 256'),
             (lambda: STRING(300, 8).reach(256), 'use at most 256'), (lambda: DCA(64, 256).reach(256), 'use at most 255'), (lambda: LMInfinite(300).reach(256), 'use at most 256')]
+
+def sharp(rel, m):
+    "Factor on the logits of the query at m, once more."
+    f = max(1, math.log(m + 1) / math.log(rel.log_n)) if getattr(rel, 'log_n', None) else 1
+    return f * getattr(rel, 'attention_factor', 1)**2
+
+
+def test_sharper_queries():
+    for rel in (SelfExtend(8, 1024, log_n=4096), ReRoPE(512, log_n=4096), LeakyReRoPE(512, log_n=4096)):
+        assert rel.sharpness(torch.tensor([0, 4095, 8191, 16383, 131071])).tolist() == pytest.approx([1, 1, 1.083333, 1.166667, 1.416667], abs=1e-5)     # numbers of the released code's formula
+    assert STRING(8, 2, 1.1).sharpness(torch.tensor([5])) == pytest.approx(1.21) and DCA(8, 9, attention_factor=1.1).sharpness(torch.tensor([5])) == pytest.approx(1.21)
+    assert all(r.sharpness(torch.tensor([10**6])) == 1 for r in (SelfExtend(), ReRoPE(), LeakyReRoPE(), STRING(), DCA(), LMInfinite(), DPE()))           # off where nothing is said
+
 
 @pytest.mark.parametrize('bad,says', REFUSALS)
 def test_settings_out_of_range_are_one_sentence(bad, says):
@@ -214,6 +229,66 @@ def test_dense_and_fast_agree_for_every_map_length_and_chunking(rel, T, cuts, bl
     assert (got - want).abs().max() < 1e-4
 
 
+FAR = [SelfExtend(128, 256), SelfExtend(64, 1024, log_n=4096), ReRoPE(128), LeakyReRoPE(512, 64.), STRING(16384, 128), DCA.of(256), DCA.of(4096), LMInfinite(256), DPE((1, 16, 64, 128), 128, pairs=4)]
+
+@pytest.mark.parametrize('rel', FAR, ids=lambda r: r.name)
+def test_dense_and_fast_agree_far_out(rel):
+    "32,768 tokens in float32: the last queries, alone and in blocks, against the definition."
+    torch.manual_seed(0)
+    theta = 1e4 ** -(torch.arange(4).float() / 4).repeat(2)
+    r = page.Rotation(theta, 1.1, torch.arange(4).repeat(2), lambda x: torch.cat([-x[..., 4:], x[..., :4]], -1))
+    N, some = 32_768, 24
+    q, k, v = (s * torch.randn(1, 2, n, 10) for n, s in ((some, 3.), (N, 3.), (N, 1.)))
+    at, module = torch.arange(N), SimpleNamespace(relative=SimpleNamespace(rel=rel, rotation=r), layer_idx=0)
+    want = dense_attention(rel, q, k, v, at[-some:], at, r, .3)
+    for step in (some, 7, 1):
+        got = torch.cat([relative_attention(module, q[:, :, i:i + step], k[:, :, :N - some + i + step], v[:, :, :N - some + i + step], None, .3, at[None, N - some + i:N - some + i + step])[0] for i in range(0, some, step)], 1)
+        assert (got.transpose(1, 2) - want).abs().max() < 1e-4, step
+
+
+@pytest.mark.parametrize('rel', FAR, ids=lambda r: r.name)
+def test_only_the_edges_of_a_block_need_a_mask(rel, monkeypatch):
+    "Keys under a mask grow with the block and not with the text; the other parts go to the kernel whole."
+    r, N, masked, whole = page.Rotation(torch.ones(8), 1., torch.arange(4).repeat(2), lambda x: x), 6000, [], []
+    def count(q, k, v, seen, scale, softcap):
+        (whole if seen is None else masked).append(k.shape[2])
+        return attend(q, k, v, seen, scale, softcap)
+    monkeypatch.setattr(page, 'attend', count)
+    q = torch.zeros(1, 1, N, 8)
+    relative_attention(SimpleNamespace(relative=SimpleNamespace(rel=rel, rotation=r), layer_idx=0), q, q, q, None, 1., torch.arange(N)[None])
+    assert sum(masked) < (7 if isinstance(rel, DCA) else 3) * N + 3 * page.BLOCK             # all of them would be 12 N; a block of dca may reach into two chunks
+    masked.clear(); whole.clear()
+    relative_attention(SimpleNamespace(relative=SimpleNamespace(rel=rel, rotation=r), layer_idx=0), q[:, :, -1:], q, q, None, 1., torch.tensor([[N - 1]]))
+    assert not masked and whole                                                              # a token that is written needs none at all
+
+
+# ---------------------------------------------------------------------------------------------- on a GPU
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
+
+@on_gpu
+@pytest.mark.parametrize('dtype,eps', [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-3), (torch.float64, 1e-11)])
+@pytest.mark.parametrize('d', [8, 64, 100, 128])
+@pytest.mark.parametrize('queries', [1, 37, 256])
+def test_gpu_attention_over_whole_stretches(dtype, eps, d, queries):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 4, n, d, device='cuda', dtype=dtype) for n in (queries, 531, 531))
+    out, lse = attend(q, k, v, None, d**-.5)
+    want, ref = plain_attention(q, k, v, torch.ones(queries, 531, dtype=torch.bool, device='cuda'), d**-.5)
+    assert out.dtype == dtype and lse.shape == (2, 4, queries) and (out.double() - want).abs().max() < eps and (lse.double() - ref).abs().max() < max(eps, 1e-5)
+
+
+@on_gpu
+def test_gpu_models_equal_the_cpu():
+    for kind in ('llama', 'mistral', 'qwen3', 'gemma2', 'gemma3', 'phi', 'cohere'):
+        m, ids = model_of(kind), ids_of(2)
+        there = copy.deepcopy(m).cuda()
+        for rel in maps_for(m):
+            with relative(m, rel): want = read(m, ids)
+            with relative(there, rel):
+                for step in (None, 1, 7): close(read(there, ids.cuda(), step).cpu(), want)
+
+
 # ---------------------------------------------------------------------------------------------- models
 
 V, T = 60, 72
@@ -255,7 +330,7 @@ def scales(n, choice=(2, 1, 4, 8)): return tuple(choice[i * len(choice) // n] fo
 def maps_for(m):
     p = pairs_of(m)
     some = tuple(tuple(tuple(range((l + h) % 2, p, 2)) for h in range(4)) for l in range(2))
-    return [SelfExtend(4, 8), ReRoPE(8), LeakyReRoPE(8, 4.), STRING(20, 4), DCA(12, 15), LMInfinite(10, 3), DPE(scales(p), 16, p), DPE(scales(p), 16, p, keep=some)]
+    return [SelfExtend(4, 8), ReRoPE(8), LeakyReRoPE(8, 4.), STRING(20, 4), DCA(12, 15), LMInfinite(10, 3), DPE(scales(p), 16, p), DPE(scales(p), 16, p, keep=some), ReRoPE(8, log_n=16), STRING(20, 4, 1.1)]
 
 
 @torch.no_grad()
@@ -300,7 +375,7 @@ def oracle_attention(module, query, key, value, attention_mask, scaling, sliding
             qa, qb, ka, kb = (x[:, c, :, e].unsqueeze(u) for x, c, e, u in ((q, h, a, 2), (q, h, b, 2), (k, h // group, a, 1), (k, h // group, b, 1)))
             z[:, h] += factor**2 * ((R * t).cos() * (qa * ka + qb * kb) + (R * t).sin() * (qa * kb - qb * ka))
         z[:, h] += q[:, h, :, 2 * n:] @ k[:, h // group, :, 2 * n:].transpose(-1, -2)
-    z = z * scaling
+    z = z * scaling * torch.tensor([sharp(ORACLE['rel'] if not sliding_window else RelativeMap(), x) for x in range(N)])[:, None]
     if softcap: z = softcap * torch.tanh(z / softcap)
     out = z.masked_fill(~seen, -math.inf).softmax(-1) @ v.repeat_interleave(group, 1)
     return out.to(query.dtype).transpose(1, 2).contiguous(), None
@@ -347,7 +422,7 @@ def test_every_map_on_every_architecture_equals_the_oracle(kind, monkeypatch):
 
 
 @settings(deadline=None, max_examples=15)
-@given(st.sampled_from(['llama', 'qwen3', 'gemma3', 'gemma2']), st.integers(0, 7), st.lists(st.integers(1, T - 1), max_size=5), st.integers(1, T))
+@given(st.sampled_from(['llama', 'qwen3', 'gemma3', 'gemma2']), st.integers(0, 9), st.lists(st.integers(1, T - 1), max_size=5), st.integers(1, T))
 def test_any_chunking_and_any_length(kind, which, cuts, n):
     m, ids = model_of(kind), ids_of(2)[:, :n]
     ends = [0, *sorted({c for c in cuts if c < n}), n]
