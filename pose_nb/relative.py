@@ -316,10 +316,8 @@ def ask_rotation(
     angle = torch.atan2((after * (1 - unit)).norm(dim=1), after.diagonal())
     inv_freq = getattr(rotary, f'{kind}_inv_freq' if kind else 'inv_freq').float()
     pair = (angle[:, None] - inv_freq[None]).abs().argmin(1)
-    def turn(x):
-        zero, unit = x.new_zeros(1, 1, len(pair)), x.new_ones(1, 1, len(pair))
-        return apply(x, x, zero, unit)[0]
-    return Rotation(inv_freq[pair], after[0].norm().item(), pair, turn)
+    quarter = apply(unit[None, None], unit[None, None], torch.zeros_like(cos), torch.ones_like(cos))[0][0, 0]
+    return Rotation(inv_freq[pair], after[0].norm().item(), pair, lambda x: x @ quarter.to(x))
 
 def turned_by(
     positions:torch.Tensor, # Any shape; whole or fractional

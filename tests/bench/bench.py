@@ -324,7 +324,34 @@ def bench_passkey(repeats, trials=20):
     return rows
 
 
+def reader_and_writer(kind, length):
+    "Functions that read all but the last of so many tokens, and that write one behind them, with a relative map in the embedded model or with its own attention."
+    from pose_nb.model import default_base, load_model
+    from pose_nb.relative import DPE, get_relative, set_relative
+    model, x, held = load_model(default_base(), device='cpu'), torch.from_numpy(np.random.default_rng(0).integers(5, 1000, length))[None], {}
+    rel = None if kind == 'none' else DPE((1, 4, 16, 32), 128, 16) if kind == 'dpe' else get_relative(kind, 256, 8192)
+    set_relative(model, rel)
+    def read():
+        with torch.inference_mode(): held['cache'] = model(x[:, :-1], logits_to_keep=1).past_key_values
+    def write():
+        with torch.inference_mode(): model(x[:, -1:], past_key_values=held['cache'], position_ids=torch.tensor([[length - 1]]), attention_mask=torch.ones(1, length, dtype=torch.int64))
+        held['cache'].crop(-1)
+    return read, write
+
+
+def bench_relative(repeats):
+    "Relative maps against plain attention: time of reading a text and of writing a token behind it, and peak memory of reading."
+    kinds, rows = ('none', 'self_extend', 'rerope', 'leaky_rerope', 'dca', 'lm_infinite', 'dpe'), []
+    for length in (2048, 8192):
+        made = {k: reader_and_writer(k, length) for k in kinds}
+        read, write = interleaved({k: f[0] for k, f in made.items()}, repeats), interleaved({k: f[1] for k, f in made.items()}, 5 * repeats)
+        peak = {k: peak_of(f'relative-{length}', k) for k in kinds}
+        rows += [dict(map=k, length=length, reading=paired_ratio(read[k], read['none']), writing=paired_ratio(write[k], write['none']), memory=peak[k] / peak['none'], memory_mib=peak[k]) for k in kinds[1:]]
+    return rows
+
+
 def peak_of_words(what, kind):
+    if what.startswith('relative'): return peak_above(reader_and_writer(kind, int(what.split('-')[1]))[0], 1)
     if what.startswith('loss'): return peak_loss(kind, vocab=int(what.split('-')[1]))
     if what == 'loop': globals()['VOCAB'] = 32_000; data = small_data(); LOOPS[kind](data, 1); return peak_above(lambda: LOOPS[kind](data, 4), 1)
     if what == 'perplexity': return peak_perplexity(kind)
@@ -335,7 +362,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument('--quick', action='store_true', help='few repeats: does it run?')
     p.add_argument('--threads', type=int, default=1)
-    p.add_argument('--only', help='parts, separated by commas: steps, overhead, loops, draw, loss, passkey, perplexity')
+    p.add_argument('--only', help='parts, separated by commas: steps, overhead, loops, draw, loss, passkey, perplexity, relative')
     p.add_argument('--out', help='write the results as JSON')
     p.add_argument('--peak', nargs=2, help=argparse.SUPPRESS)
     a = p.parse_args()
@@ -345,7 +372,7 @@ def main():
     from pose_nb.common import environment
     k = 3 if a.quick else 1
     parts = dict(steps=lambda: bench_steps(9 // k), overhead=lambda: bench_overhead(150 // k**3), loops=lambda: bench_loops(10 // k), draw=lambda: bench_draw(40 // k), loss=bench_loss,
-                 passkey=lambda: bench_passkey(3 // k), perplexity=lambda: bench_perplexity(6 // k))
+                 passkey=lambda: bench_passkey(3 // k), perplexity=lambda: bench_perplexity(6 // k), relative=lambda: bench_relative(9 // k))
     results = {n: f() for n, f in parts.items() if not a.only or n in a.only.split(',')} | dict(environment=environment())
     text = json.dumps(results, indent=2)
     if a.out: Path(a.out).write_text(text + '\n')
