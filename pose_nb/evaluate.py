@@ -225,6 +225,12 @@ def differences(self:AnswerTest,
         out.append(dict(length=n, base=float(np.mean(marks(a[n]))), model=float(np.mean(marks(b[n]))), difference=d, low=low, high=high, clear=low > 0 or high < 0))
     return out
 
+def _ratio(base, model, counts):
+    "Perplexity of a model over that of another on the same tokens, from losses and tokens per document: ratio, its 95% interval, and whether that is clear of 1."
+    d, _, ends = mean_over_documents(np.subtract(model, base), counts)
+    ratio, low, high = map(_exp, (d, *(ends or (d, d))))
+    return dict(ratio=ratio, low=low, high=high, clear=bool(ends) and (low > 1 or high < 1))
+
 @patch
 def differences(self:PerplexityTest,
     base:list,   # Finished pieces
@@ -236,9 +242,8 @@ def differences(self:PerplexityTest,
     out = []
     for a, b in zip(zip(*base), zip(*model)):
         counts, sums = [r['scored'] for r in a], [[r['total'] for r in x] for x in (a, b)]
-        (na, *_), (nb, *_), (d, _, ends) = (mean_over_documents(s, counts) for s in (*sums, np.subtract(*sums[::-1])))
-        ratio, low, high = map(_exp, (d, *(ends or (d, d))))
-        out.append(dict(length=a[0]['length'], base=math.exp(na), model=math.exp(nb), ratio=ratio, low=low, high=high, clear=bool(ends) and (low > 1 or high < 1)))
+        na, nb = (mean_over_documents(s, counts)[0] for s in sums)
+        out.append(dict(length=a[0]['length'], base=math.exp(na), model=math.exp(nb)) | _ratio(*sums, counts))
     return out
 
 # %% ../nbs/10e_evaluate.ipynb #9cd8a9d7
@@ -562,9 +567,8 @@ class LongPPLTest:
         a, b = ([d for d in v[0]['per_document'] if d['keys']] for v in (base, model))
         if [(d['tokens'], d['keys']) for d in a] != [(d['tokens'], d['keys']) for d in b]: return []
         counts = [d['keys'] for d in a]
-        d, _, ends = mean_over_documents([n * (y['key_nll'] - x['key_nll']) for n, x, y in zip(counts, a, b)], counts)
-        ratio, low, high = map(_exp, (d, *(ends or (d, d))))
-        return [dict(base=base[0]['longppl'], model=model[0]['longppl'], ratio=ratio, low=low, high=high, clear=bool(ends) and (low > 1 or high < 1))]
+        sums = ([n * d['key_nll'] for n, d in zip(counts, x)] for x in (a, b))
+        return [dict(base=base[0]['longppl'], model=model[0]['longppl']) | _ratio(*sums, counts)]
     def plot(self, results, window=None): # A matplotlib axis
         ax, rows = plt.subplots(figsize=(5, .5 * len(results) + .9))[1], {n: self.rows(v)[0] for n, v in results.items()}
         for i, r in enumerate(rows.values()): ax.errorbar(r['longppl'], i, xerr=[[r['longppl'] - r['low']], [r['high'] - r['longppl']]], fmt='o')

@@ -5,10 +5,10 @@ import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from pose_nb.answers import Prompt, Reader, answer, make_trials, retrieve, shared_start, trial_rng
+from pose_nb.answers import Prompt, Reader, answer, follow, make_trials, retrieve, shared_start, trial_rng
 from pose_nb.common import PoseError
 from pose_nb.needles import (ADJECTIVES, ASK, BOOK, CITIES, FACT, GOLD, LINE, LINES, NOUNS, SANDWICH, Haystack, KeyValue, Lines, MultiNeedle, Needle, by_criterion, count_found,
-                             follow, gold_depths, hide, normalised, pairs_length)
+                             gold_depths, hide, normalised, pairs_length)
 from pose_nb.retrieval import GARBAGE
 from test_retrieval import COARSE, FOREIGN, TOK, make_tokenizer
 
@@ -176,7 +176,7 @@ def test_hide(text, data):
 def test_follow_is_the_continuation(tok):
     tok = TOKENIZERS[tok]
     for before, text in (('The number is:', ' 31245'), ('>\n', 'line a-b: x'), ('.', '\nThe special magic Paris number is: 7.\n'), ('', 'abc'), ('abc', '')):
-        (ids,) = follow(tok, [text], before)
+        (ids,) = follow(tok, [text], before, plain=True)
         assert tok.decode(ids) == text and (encode(tok, before) + ids == encode(tok, before + text) or ids == encode(tok, text))
 
 
