@@ -342,7 +342,7 @@ def test_generate_writes_what_the_model_would(model, cli, tmp_path):
     s = Subject(model); ids = s.tokenizer((tmp_path/'p.txt').read_text(), return_tensors='pt')['input_ids']
     with torch.inference_mode():
         for _ in range(5): ids = torch.cat([ids, s.net(ids).logits[:, -1:].argmax(-1)], 1)
-    assert one['text'] == s.tokenizer.decode(ids[0, -5:], skip_special_tokens=True) and one['new_tokens'] == 5 and two['relative'] == dict(name='rerope', window=8) and two['text'] != one['text']
+    assert one['text'] == s.tokenizer.decode(ids[0, -5:], skip_special_tokens=True) and one['new_tokens'] == 5 and two['relative'] == dict(name='rerope', window=8, log_n=None) and two['text'] != one['text']
     for words, says in (([], 'either --prompt-file or --prompt'), (['--prompt-file', 'no.txt'], 'no.txt'), (['--prompt', 'a', '--temperature', '-1'], 'temperature'), (['--prompt', 'a', '--max-new-tokens', '0'], 'max_new_tokens')):
         r = cli('generate', model, *words)
         assert r.code == 2 and says in r.err and 'Traceback' not in r.err
