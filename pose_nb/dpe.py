@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'Preset', 'attention_shape', 'preset', 'first_distance', 'first_plot', 'pair_norms', 'contributions',
-           'keep_top', 'key_pairs', 'Detection', 'plan_detection', 'ask_cell', 'cell_score', 'best_scale', 'as_good',
+           'keep_top', 'key_pairs', 'Detection', 'plan_detection', 'ask_cell', 'cell_score', 'best_scale', 'undecided',
            'ScaleTable', 'detect_scales', 'scales_plot', 'find_key_pairs', 'detect', 'describe', 'load_table',
            'check_table', 'load_dpe', 'find_dpe']
 
@@ -197,7 +197,7 @@ def plan_detection(
     candidates:list=None,   # Scales that every group tries; None: 1, 2, 4, ... up to target / near
     others:int=None,        # Scale of the other groups meanwhile; None: 2 target / window, to the nearest power of two
     criterion:str='mark',   # What is compared: "mark" (greedy replies) or "nll" (probability of the right answer)
-    trials:int=20,          # Questions per cell; the paper has 100
+    trials:int=20,          # Questions per cell; the released code has 100
     seed:int=0,             # Seed of the questions
     bos:bool=None,          # Start prompts with BOS: True, False, or None for what the tokenizer does
 )->Detection:
@@ -256,13 +256,13 @@ def best_scale(
     return min((s for s in candidates if value[s] == max(value.values())), key=lambda s: (abs(math.log2(s / others)), s))
 
 # %% ../nbs/09a_dpe.ipynb #eafc5b40
-def as_good(
+def undecided(
     trials:list,          # Per candidate, one dict per question, the same questions in the same order
     candidates:tuple,     # Scales
     best:int,             # One of them
     criterion:str='mark', # "mark" or "nll"
 )->list: # Scales, `best` among them
-    "Candidates whose answers cannot be told from those of the best."
+    "Candidates that these questions cannot tell from the best; with few questions that does not make them equally good."
     value, out = {s: np.array([t[criterion] for t in ts]) for s, ts in zip(candidates, trials)}, []
     for s in candidates:
         _, _, ends = mean_over_documents(value[s] - value[best], np.ones(len(value[s])))
@@ -286,7 +286,7 @@ class ScaleTable:
     criterion:str      # What was compared
     scores:list        # A `cell_score` per group and candidate
     scales:list        # The best scale of every group
-    as_good:list       # Per group, the candidates that cannot be told from it
+    undecided:list       # Per group, the candidates that cannot be told from it
     keep:list          # Pairs that are scaled per layer and head; None: all
     together:dict      # `cell_score` of `scales` with `keep`
     uniform:dict       # `cell_score` of `others` for all groups, all pairs scaled
@@ -323,23 +323,23 @@ def detect_scales(
         scores = [list(map(cell_score, row)) for row in trials]
         scales = tuple(best_scale(row, plan.candidates, plan.others, plan.criterion) for row in scores)
         together = done[scales] if keep is None and scales in done else score(scales, keep)
-    t, equal = plan.test, [as_good(row, plan.candidates, s, plan.criterion) for row, s in zip(trials, scales)]
+    t, equal = plan.test, [undecided(row, plan.candidates, s, plan.criterion) for row, s in zip(trials, scales)]
     return ScaleTable(subject.name, subject.hash, **attention_shape(subject), window=subject.info.length, target=t.lengths[0], near=plan.near, others=plan.others, candidates=list(plan.candidates),
-                      criterion=plan.criterion, scores=scores, scales=list(scales), as_good=equal, keep=keep, together=cell_score(together), uniform=cell_score(done[plan.uniform]), protocol=t.task.protocol(), seed=t.seed, bos=t.bos, environment=environment())
+                      criterion=plan.criterion, scores=scores, scales=list(scales), undecided=equal, keep=keep, together=cell_score(together), uniform=cell_score(done[plan.uniform]), protocol=t.task.protocol(), seed=t.seed, bos=t.bos, environment=environment())
 
 # %% ../nbs/09a_dpe.ipynb #c8dc3fea
 def scales_plot(
     t:ScaleTable, # A table
     ax=None,      # Axis to draw on; None makes a figure
 ): # The matplotlib axis
-    "The score of every group with every candidate; a frame around the best, a dotted one around what is as good."
+    "The score of every group with every candidate; a frame around the best, a dotted one around what these questions cannot tell from it."
     ax = ax or plt.subplots(figsize=(max(4.2, .9 * len(t.candidates) + 1.2), .42 * len(t.scales) + 1))[1]
     grid = np.array([[c[t.criterion] for c in row] for row in t.scores])
     shade = grid if t.criterion == 'mark' else -np.log10(np.maximum(grid, 1e-9))
     ax.pcolormesh(shade, cmap='YlGnBu', edgecolor='white', linewidth=1.5, vmin=0 if t.criterion == 'mark' else None, vmax=1 if t.criterion == 'mark' else None)
     dark = shade > (np.min(shade) + np.max(shade)) / 2 if t.criterion == 'nll' else shade > .5
     for (i, j), v in np.ndenumerate(grid): ax.text(j + .5, i + .5, f'{v:.2g}', ha='center', va='center', color='white' if dark[i, j] else 'black', fontsize=8)
-    frames = [(i, s, dict(ls=':', lw=1)) for i, row in enumerate(t.as_good) for s in row] + [(i, s, dict(lw=2)) for i, s in enumerate(t.scales)]
+    frames = [(i, s, dict(ls=':', lw=1)) for i, row in enumerate(t.undecided) for s in row] + [(i, s, dict(lw=2)) for i, s in enumerate(t.scales)]
     for i, s, how in frames: ax.add_patch(plt.Rectangle((t.candidates.index(s) + .05, i + .06), .9, .88, fill=False, ec='#D55E00', **how))
     step = t.pairs // len(t.scales)
     ax.set(xlabel='candidate scale', ylabel='pairs', xticks=np.arange(len(t.candidates)) + .5, xticklabels=t.candidates, yticks=np.arange(len(t.scales)) + .5, yticklabels=[f'{i * step}-{(i + 1) * step - 1}' for i in range(len(t.scales))],
@@ -357,7 +357,7 @@ def find_key_pairs(
     texts:list,         # Strings
     top:int,            # Pairs to keep per layer and head
     pieces:Pieces,      # What is finished
-    documents:int=10,   # Texts to read, those that fill the window first
+    documents:int=10,   # Texts to read, the first ones that fill the window; shorter ones are skipped
     bos:bool=None,      # Start texts with BOS: True, False, or None for what the tokenizer does
 )->tuple: # `keep` of `DPE`
     "Key pairs by a quarter, half and all of the window, resumably. Raises `PoseError` if no text fills the window."
@@ -379,7 +379,7 @@ def detect(
     task:str='multi_needle',      # What is asked: multi_needle, needle, passkey
     needles:int=4,                # Of multi_needle: how many; the mark is the share that is found
     criterion:str='mark',         # What is compared: mark (greedy replies), or nll (probability of the right answer, for models whose marks are all alike)
-    trials:int=20,                # Questions per group and candidate; the paper has 100
+    trials:int=20,                # Questions per group and candidate; the released code has 100
     top:int=None,                 # Scale only so many pairs per layer and head, those with the largest norms; None: all
     documents:int=10,             # Texts to measure norms on, with --top
     data='stdlib',                # Texts for haystacks and norms: path, dataset id, or "stdlib" for held-out standard-library files
@@ -413,7 +413,7 @@ def describe(
     "What was found, for people."
     step, say = t.pairs // len(t.scales), lambda c: f"mark {c['mark']:.3g} ({c['low']:.2f} to {c['high']:.2f}), nll {c['nll']:.3g}"
     best = [row[t.candidates.index(s)] for row, s in zip(t.scores, t.scales)]
-    rows = [dict(pairs=f'{g * step}-{(g + 1) * step - 1}', scale=s, mark=c['mark'], nll=c['nll'], as_good=' '.join(map(str, t.as_good[g]))) for g, (s, c) in enumerate(zip(t.scales, best))]
+    rows = [dict(pairs=f'{g * step}-{(g + 1) * step - 1}', scale=s, mark=c['mark'], nll=c['nll'], undecided=' '.join(map(str, t.undecided[g]))) for g, (s, c) in enumerate(zip(t.scales, best))]
     kept = 'all pairs are scaled' if t.keep is None else f'{len(t.keep[0][0])} of {t.pairs} pairs per head are scaled in the end'
     return '\n'.join([f"DPE scales of {t.model} for {t.target} tokens, {t.protocol['task']}, {t.together['trials']} questions a cell, by {t.criterion}", table(rows, 4).to_string(index=False),
                       f'together: {say(t.together)}', f'one scale of {t.others} for all: {say(t.uniform)}', f'near {t.near} tokens exact; {kept}'])

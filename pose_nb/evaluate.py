@@ -10,7 +10,7 @@ __all__ = ['model_hash', 'Pieces', 'Subject', 'AnswerTest', 'PerplexityTest', 'n
 
 # %% ../nbs/10e_evaluate.ipynb #97ffa7c3
 import difflib, hashlib, json, math, os, time
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -31,7 +31,7 @@ from .longppl import KeyTexts, mark_keys, score_keys
 from .needles import Haystack, KeyValue, Lines, MultiNeedle, Needle, pairs_length
 from .perplexity import _integer, check_lengths, context_perplexity, mean_over_documents, perplexity, tokenize_documents, truncated_perplexity
 from .plots import length_plot, plt, table, token_label, use_style
-from .relative import get_relative, set_relative
+from .relative import describe_map, get_relative, set_relative
 from .retrieval import Passkey
 from .ruler import QA, RULER, Niah, questions, ruler_task
 from .workflow import bos_id, heldout_texts, lengths_between, save_figure
@@ -291,7 +291,7 @@ def plot(self:PerplexityTest,
                        intervals={n: {r['length']: (r['low'], r['high']) for r in rs} for n, rs in rows.items()})
 
 # %% ../nbs/10e_evaluate.ipynb #81bc0cb7
-def _told(rel): return f"{rel.name} ({', '.join(f'{k} {v}' for k, v in asdict(rel).items() if v is not None and len(str(v)) <= 60)})"
+def _told(rel): return f"{rel.name} ({describe_map(rel)})"
 
 def _label(relative): return f'-{relative}' if relative else ''
 

@@ -40,13 +40,13 @@ class Region:
         return (self.first(m) <= n) & (n <= self.last(m))
 
 def near_keys(
-    window:int, # Tokens
+    window:int, # In tokens, at least 1
 )->Region:
     "The `window` nearest keys, itself included, at their true distances."
     return Region(lambda m: m - window + 1)
 
 def far_keys(
-    window:int, # Tokens
+    window:int, # In tokens, at least 1
     query,      # m -> position of the query
     key=lambda n: n, # n -> position of the key
 )->Region:
@@ -59,14 +59,16 @@ class RelativeMap:
     def regions(self,
         layer:int=0, # Index of the layer, for maps that differ between layers
     )->list: # `Region`s
+        "What each query sees, and from where."
         return [Region()]
     def sharpness(self,
         m, # int64 tensor: positions of queries
-    ): # Factor on the logits of each query: a tensor like `m`, or a number
+    ): # A tensor like `m`, or a number
+        "Factor on the logits of each query."
         return 1.
     def reach(self,
         window:int, # Window the model was trained on, in tokens
-    )->int|None: # Tokens; None: no limit
+    )->int|None: # Tokens; None: no limit, or none that is checked (DPE)
         "The longest text in which every effective distance is below the window."
         return window
     def distance(self,
@@ -206,8 +208,8 @@ class LeakyReRoPE(RelativeMap):
 class STRING(RelativeMap):
     "Large distances are shifted down into the well-trained range (An et al. 2025, section 4.1)."
     shift:int=1024  # S: distances from here on are shifted down, in tokens; about a third of the window
-    local:int=128   # W: by S - W; at most `shift`
-    attention_factor:float=1. # Factor on cos and sin of queries and keys, above 0; 1: none, as in the paper
+    local:int=128   # W: distance at which the shifted part begins again, in tokens, from 0 to `shift`
+    attention_factor:float=1. # Factor on queries and on keys (all channels), above 0; 1: none, as in the paper
     name = 'string'
     def __post_init__(self):
         _checked(self, shift=1, local=0)
@@ -225,8 +227,8 @@ class STRING(RelativeMap):
 class DCA(RelativeMap):
     "Dual Chunk Attention (An et al. 2024)."
     chunk:int=3072  # s: tokens of a chunk
-    cap:int=4095    # Largest position of a query, at least `chunk`
-    attention_factor:float=1. # Factor on cos and sin of queries and keys, above 0; 1: none, as in the paper
+    cap:int=4095    # Largest position of a query, in tokens, at least `chunk`
+    attention_factor:float=1. # Factor on queries and on keys (all channels), above 0; 1: none, as in the paper
     name = 'dca'
     def __post_init__(self):
         _checked(self, chunk=1, cap=1)
@@ -235,7 +237,7 @@ class DCA(RelativeMap):
     def of(cls,
         window:int,           # Window the model was trained on, in tokens
         variant:str='paper',  # "paper" or "code"
-    ):
+    ): # `DCA`
         "The published settings for a window."
         return choose(variant, dict(paper=lambda: cls(window * 3 // 4, window - 1), code=lambda: cls(window * 3 // 4 - window // 8, window * 3 // 4)), 'variant')()
     def sharpness(self, m): return self.attention_factor**2
@@ -253,8 +255,8 @@ class DCA(RelativeMap):
 @dataclass(frozen=True)
 class LMInfinite(RelativeMap):
     "A Lambda-shaped mask with capped distances (Han et al. 2023)."
-    window:int=4096   # Nearest keys that are seen, in tokens; the cap as well
-    first:int=10      # Keys at the beginning that are always seen
+    window:int=4096   # Nearest keys that are seen, in tokens; the first ones are seen at `window - 1`
+    first:int=10      # Keys at the beginning that are always seen, 0 or more
     name = 'lm_infinite'
     def __post_init__(self): _checked(self, window=1, first=0)
     def regions(self, layer=0):
@@ -417,6 +419,7 @@ def _block(region, q, k, v, m, n, visible, scale, softcap):
         seen = None if keys is every else (visible[:, None, keys] & region.sees(m[..., None], n[:, None, keys]))[:, None].expand(len(q), -1, -1, -1)
         yield attend(q, heads(k, keys), heads(v, keys), seen, scale, softcap)
 
+# %% ../nbs/09_relative.ipynb #d16b0212
 def _places(position_ids, attention_mask, queries, keys):
     "Positions of queries and keys, counted without padding, and which keys are none: each (1 or batch, ...)."
     visible = position_ids.new_ones(1, keys, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
@@ -427,6 +430,13 @@ def _places(position_ids, attention_mask, queries, keys):
     fits = lambda p: ((position_ids == p) | ~real).all(1)
     check(position_ids.dim() == 2 and bool((fits(m) | fits(places)).all()), "a relative map decides how far apart tokens seem, so position_ids must count the tokens of each text from 0, cached ones included; leave them away, or take the map out.")
     return m, n[:, -keys:], visible[:, -keys:]
+
+# %% ../nbs/09_relative.ipynb #0ffade69
+@dataclass(frozen=True)
+class _Sliding(RelativeMap):
+    "A layer that sees only its window needs no map."
+    window:int
+    def regions(self, layer=0): return [near_keys(self.window)]
 
 def relative_attention(
     module,                      # The attention module that asks
@@ -455,12 +465,6 @@ def relative_attention(
     out = [merge(found) if found else torch.zeros_like(query[:, :, i:i + BLOCK, :value.shape[-1]]) for i, found in parts.items()]
     return torch.cat(out, 2).transpose(1, 2).contiguous(), None
 
-@dataclass(frozen=True)
-class _Sliding(RelativeMap):
-    "A layer that sees only its window needs no map."
-    window:int
-    def regions(self, layer=0): return [near_keys(self.window)]
-
 # %% ../nbs/09_relative.ipynb #00b9ffca
 NAME = 'pose_nb_relative'
 AttentionInterface.register(NAME, relative_attention)
@@ -482,6 +486,7 @@ def _unrotated(module, args, kwargs, out):
     check(getattr(module, 'config', None) is None or module.config._attn_implementation == NAME, "the model's attention was changed while a relative map was in it; take the map out with clear_relative first.")
     return torch.ones_like(out[0]), torch.zeros_like(out[1])
 
+# %% ../nbs/09_relative.ipynb #c65d5cd9
 def _left_by_map(model):
     "What is needed to take a map out, wherever it was put in: through a wrapper, or the model inside; None: there is no map."
     return next((m.relative.before for m in model.modules() if hasattr(getattr(m, 'relative', None), 'before')), None)
@@ -496,6 +501,47 @@ def clear_relative(
     model.set_attn_implementation(before.attention)
     for a in before.attentions: del a.relative
     return model
+
+# %% ../nbs/09_relative.ipynb #8a491b4e
+class _Probe(RelativeMap):
+    "Changes nothing, and knows whether it was asked."
+    asked = False
+    def regions(self, layer=0):
+        self.asked = True
+        return super().regions(layer)
+
+@torch.no_grad()
+def _first_logits(model):
+    "What a model says about a few tokens."
+    modes, where = [(m, m.training) for m in model.modules()], model.get_input_embeddings().weight
+    model.eval()
+    try: return getattr(model, '_orig_mod', model)(input_ids=(7 * torch.arange(24, device=where.device) % len(where))[None], use_cache=False)[0]
+    finally:
+        for m, training in modes: m.training = training
+
+# %% ../nbs/09_relative.ipynb #f7a9c6cc
+def _put(model, rotary, attentions):
+    "A map that changes nothing; it must change nothing."
+    want, probe, asked, kinds = _first_logits(model), _Probe(), {}, []
+    for a in attentions:
+        kind = None if hasattr(rotary[0], 'inv_freq') else a.config.layer_types[a.layer_idx]
+        if kind not in asked: asked[kind] = ask_rotation(rotary[0], a)
+        kinds.append(kind)
+    before = SimpleNamespace(attention=model.config._attn_implementation, attentions=attentions, hooks=[m.register_forward_hook(_unrotated, with_kwargs=True) for m in rotary])
+    for a, kind in zip(attentions, kinds): a.relative = SimpleNamespace(rel=probe, rotation=asked[kind], before=before)
+    model.set_attn_implementation(NAME)
+    check(model.config._attn_implementation == NAME, f"{type(model).__name__} does not let its attention be exchanged; choose an architecture such as Llama, Mistral, Qwen2, Qwen3 or Gemma.")
+    off = ((_first_logits(model) - want).abs().max() / want.abs().max()).item()
+    check(off < (.01 if want.dtype == torch.float32 else .15), f"{type(model).__name__} computes its attention in another way: a map that changes nothing changes its logits by {off:.2g} of their size; choose an architecture such as Llama, Mistral, Qwen2, Qwen3 or Gemma.")
+    check(probe.asked, "every layer of this model looks back only as far as its sliding window, so that a relative map would change nothing; set sliding_window to None in its config first.")
+
+# %% ../nbs/09_relative.ipynb #072b73e4
+def _check_fit(rel, model, attentions):
+    "A map that is made for other heads or layers is refused."
+    if not isinstance(rel, DPE): return
+    pairs, heads = frequencies(next(iter(rotary_modules(model).values())))[0].numel(), model.config.get_text_config().num_attention_heads
+    check(rel.pairs == pairs, f"this DPE table is for heads of {rel.pairs} pairs, and the model's have {pairs}; use a table made for it.")
+    check(rel.keep is None or (len(rel.keep) == len(attentions) and all(len(k) == heads for k in rel.keep)), f"this DPE table is for another number of layers or heads than the model's {len(attentions)} and {heads}; use a table made for it.")
 
 def set_relative(
     model,            # A transformers causal language model
@@ -519,44 +565,7 @@ def set_relative(
     for a in attentions: a.relative.rel = rel
     return model
 
-class _Probe(RelativeMap):
-    "Changes nothing, and knows whether it was asked."
-    asked = False
-    def regions(self, layer=0):
-        self.asked = True
-        return super().regions(layer)
-
-@torch.no_grad()
-def _first_logits(model):
-    "What a model says about a few tokens."
-    modes, where = [(m, m.training) for m in model.modules()], model.get_input_embeddings().weight
-    model.eval()
-    try: return getattr(model, '_orig_mod', model)(input_ids=(7 * torch.arange(24, device=where.device) % len(where))[None], use_cache=False)[0]
-    finally:
-        for m, training in modes: m.training = training
-
-def _put(model, rotary, attentions):
-    "A map that changes nothing; it must change nothing."
-    want, probe, asked, kinds = _first_logits(model), _Probe(), {}, []
-    for a in attentions:
-        kind = None if hasattr(rotary[0], 'inv_freq') else a.config.layer_types[a.layer_idx]
-        if kind not in asked: asked[kind] = ask_rotation(rotary[0], a)
-        kinds.append(kind)
-    before = SimpleNamespace(attention=model.config._attn_implementation, attentions=attentions, hooks=[m.register_forward_hook(_unrotated, with_kwargs=True) for m in rotary])
-    for a, kind in zip(attentions, kinds): a.relative = SimpleNamespace(rel=probe, rotation=asked[kind], before=before)
-    model.set_attn_implementation(NAME)
-    check(model.config._attn_implementation == NAME, f"{type(model).__name__} does not let its attention be exchanged; choose an architecture such as Llama, Mistral, Qwen2, Qwen3 or Gemma.")
-    off = ((_first_logits(model) - want).abs().max() / want.abs().max()).item()
-    check(off < (.01 if want.dtype == torch.float32 else .15), f"{type(model).__name__} computes its attention in another way: a map that changes nothing changes its logits by {off:.2g} of their size; choose an architecture such as Llama, Mistral, Qwen2, Qwen3 or Gemma.")
-    check(probe.asked, "every layer of this model looks back only as far as its sliding window, so that a relative map would change nothing; set sliding_window to None in its config first.")
-
-def _check_fit(rel, model, attentions):
-    "A map that is made for other heads or layers is refused."
-    if not isinstance(rel, DPE): return
-    pairs, heads = frequencies(next(iter(rotary_modules(model).values())))[0].numel(), model.config.get_text_config().num_attention_heads
-    check(rel.pairs == pairs, f"this DPE table is for heads of {rel.pairs} pairs, and the model's have {pairs}; use a table made for it.")
-    check(rel.keep is None or (len(rel.keep) == len(attentions) and all(len(k) == heads for k in rel.keep)), f"this DPE table is for another number of layers or heads than the model's {len(attentions)} and {heads}; use a table made for it.")
-
+# %% ../nbs/09_relative.ipynb #7b8e5b8c
 @contextmanager
 def relative(
     model,            # A transformers causal language model
@@ -586,7 +595,8 @@ def describe_map(
     rel:RelativeMap, # A map
 )->str: # Such as "group 8, window 1024"
     "Its settings in words, those left out that change nothing."
-    return ', '.join(f'{k} {v:g}' for k, v in asdict(rel).items() if isinstance(v, (int, float)) and (k, v) != ('attention_factor', 1))
+    said = [f"{k} {' '.join(map(str, v)) if isinstance(v, tuple) else f'{v:g}'}" for k, v in asdict(rel).items() if v is not None and k != 'keep' and (k, v) != ('attention_factor', 1)]
+    return ', '.join(said + ['key pairs only'] * (getattr(rel, 'keep', None) is not None))
 
 def check_reach(
     rel:RelativeMap, # A map
@@ -620,10 +630,10 @@ def generate(
     max_new_tokens:int=64,        # Most tokens to write
     relative:str=None,            # Relative map: self_extend, rerope, leaky_rerope, string, dca, lm_infinite or dpe; None: none
     relative_kwargs:dict=None,    # Its settings, such as {"group": 8, "window": 1024}; None: what fits the length
-    temperature:float=0.,         # 0 writes the most probable token; above, tokens are drawn
+    temperature:float=0.,         # 0 writes the most probable token; above, tokens are drawn; below 100
     seed:int=0,                   # Seed of the draws
     chunk:int=2048,               # Tokens read at a time
-    attn_implementation:str=None, # sdpa, eager, flash_attention_2; without a map
+    attn_implementation:str=None, # sdpa, eager, flash_attention_2; a map brings its own attention
     trust_remote_code:bool=False, # Run code that comes with the checkpoint
 )->dict: # text: what was written; prompt_tokens, new_tokens, relative
     "Continue a prompt. Raises `PoseError` for requests that cannot be met."

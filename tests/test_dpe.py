@@ -11,7 +11,7 @@ import pose_nb.dpe as dpe
 from pose_nb.answers import retrieve
 from pose_nb.cli import make_parser
 from pose_nb.common import PoseError
-from pose_nb.dpe import (PRESETS, Detection, as_good, best_scale, cell_score, check_table, contributions, detect, detect_scales, find_key_pairs, first_distance, keep_top, key_pairs,
+from pose_nb.dpe import (PRESETS, Detection, undecided, best_scale, cell_score, check_table, contributions, detect, detect_scales, find_key_pairs, first_distance, keep_top, key_pairs,
                          find_dpe, load_dpe, load_table, attention_shape, plan_detection, preset, scales_plot)
 from pose_nb.evaluate import Pieces, Subject
 from pose_nb.needles import MultiNeedle
@@ -182,15 +182,15 @@ def test_the_best_and_its_ties(values, k, criterion):
     if len(equal) == 6: assert best == others                               # no evidence, no change
 
 
-def test_as_good_is_paired():
+def test_undecided_is_paired():
     rng = np.random.default_rng(0)
     hard = rng.random(30)                                                    # the questions differ more than the candidates
     asked = [[dict(mark=0, nll=h + d + .01 * rng.random()) for h in hard] for d in (.1, 0, .002)]
-    assert as_good(asked, (1, 2, 4), 2, 'nll') == [2, 4] or as_good(asked, (1, 2, 4), 2, 'nll') == [2]
-    assert 1 not in as_good(asked, (1, 2, 4), 2, 'nll') and as_good(asked, (1, 2, 4), 2, 'mark') == [1, 2, 4]
+    assert undecided(asked, (1, 2, 4), 2, 'nll') == [2, 4] or undecided(asked, (1, 2, 4), 2, 'nll') == [2]
+    assert 1 not in undecided(asked, (1, 2, 4), 2, 'nll') and undecided(asked, (1, 2, 4), 2, 'mark') == [1, 2, 4]
     right = [[dict(mark=float(i % 4 < k)) for i in range(40)] for k in (1, 3, 4)]
-    assert as_good(right, (1, 2, 4), 4, 'mark') == [4]                       # of marks, less is worse
-    assert as_good([a[:1] for a in asked], (1, 2, 4), 2, 'nll') == [1, 2, 4]      # one question tells nothing
+    assert undecided(right, (1, 2, 4), 4, 'mark') == [4]                       # of marks, less is worse
+    assert undecided([a[:1] for a in asked], (1, 2, 4), 2, 'nll') == [1, 2, 4]      # one question tells nothing
 
 
 def test_a_cell_is_summed_up():
@@ -251,7 +251,7 @@ def test_scores_are_what_retrieval_says(subject):
             scales = [8, 8]; scales[g] = s
             with relative(subject.net, DPE(scales, 16, 8)): r = retrieve(subject.net, subject.tokenizer, Passkey(), (LONG,), trials=2, bos=0, progress=False).rows[0]
             assert (c['mark'], c['nll'], c['trials']) == (r.accuracy, pytest.approx(r.nll, abs=1e-6), 2)
-        assert t.scales[g] == t.candidates[int(np.argmin([c['nll'] for c in row]))] and t.scales[g] in t.as_good[g]
+        assert t.scales[g] == t.candidates[int(np.argmin([c['nll'] for c in row]))] and t.scales[g] in t.undecided[g]
     assert t.uniform == t.scores[0][1] == t.scores[1][1] and (t.pairs, t.window, t.target, t.fingerprint) == (8, 512, LONG, subject.hash)
     assert t.rel() == DPE(tuple(t.scales), 16, 8)
 
