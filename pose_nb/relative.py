@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BLOCK', 'NAME', 'RELATIVE', 'Region', 'near_keys', 'far_keys', 'RelativeMap', 'last_row', 'map_plot', 'row_plot',
-           'map_picture', 'log_n_factor', 'SelfExtend', 'ReRoPE', 'LeakyReRoPE', 'STRING', 'DCA', 'LMInfinite', 'DPE',
-           'Rotation', 'ask_rotation', 'turned_by', 'rotate_to', 'dense_attention', 'attend', 'merge',
-           'relative_attention', 'clear_relative', 'set_relative', 'relative', 'describe_map', 'check_reach',
+           'map_picture', 'log_n_factor', 'SelfExtend', 'ReRoPE', 'exactly', 'LeakyReRoPE', 'STRING', 'DCA',
+           'LMInfinite', 'DPE', 'Rotation', 'ask_rotation', 'turned_by', 'rotate_to', 'dense_attention', 'attend',
+           'merge', 'relative_attention', 'clear_relative', 'set_relative', 'relative', 'describe_map', 'check_reach',
            'get_relative', 'generate']
 
 # %% ../nbs/09_relative.ipynb #4696dea7
@@ -185,6 +185,8 @@ class ReRoPE(RelativeMap):
         check(self.window < window, f"a cap of {self.window} tokens is not below the model's window of {window}; use at most {window - 1}.")
         return None
 
+def exactly(x): return x.to(torch.float32 if x.device.type == 'mps' else torch.float64)       # Apple's GPUs have no float64
+
 @dataclass(frozen=True)
 class LeakyReRoPE(RelativeMap):
     "Distances beyond the window grow more slowly (Su 2023)."
@@ -198,7 +200,7 @@ class LeakyReRoPE(RelativeMap):
     def sharpness(self, m): return log_n_factor(m, self.log_n)
     def regions(self, layer=0):
         w, k = self.window, self.factor
-        return [near_keys(w), far_keys(w, lambda m: m / k + w * (1 - 1 / k), lambda n: n / k)]
+        return [near_keys(w), far_keys(w, lambda m: exactly(m) / k + w * (1 - 1 / k), lambda n: exactly(n) / k)]
     def reach(self, window):
         check(self.window <= window, f"the near window of {self.window} tokens is longer than the model's {window}; use at most {window}.")
         return math.ceil(round(self.window + (window - self.window) * self.factor, 6))
@@ -319,15 +321,17 @@ def ask_rotation(
     inv_freq = getattr(rotary, f'{kind}_inv_freq' if kind else 'inv_freq').float()
     pair = (angle[:, None] - inv_freq[None]).abs().argmin(1)
     quarter = apply(unit[None, None], unit[None, None], torch.zeros_like(cos), torch.ones_like(cos))[0][0, 0]
-    return Rotation(inv_freq[pair], after[0].norm().item(), pair, lambda x: x @ quarter.to(x))
+    partner = quarter.abs().argmax(0)                                               # whose place each channel takes, and with which sign
+    sign = quarter.gather(0, partner[None])[0]
+    turn = lambda x: x.index_select(-1, partner.to(x.device)) * sign.to(x)
+    return Rotation(inv_freq[pair], after[0].norm().item(), pair, turn)
 
 def turned_by(
     positions:torch.Tensor, # Any shape; whole or fractional
     theta:torch.Tensor,     # Angles per position, of a shape that fits
 )->torch.Tensor: # float32, in [0, 2 pi)
     "The angle of a position. Far out, a float32 product would be off by thousandths, so whole turns are taken away in float64 first."
-    exact = torch.float32 if positions.device.type == 'mps' else torch.float64       # Apple's GPUs have no float64
-    return (positions.to(exact) * theta.to(positions.device, exact)).remainder(2 * math.pi).float()
+    return (exactly(positions) * exactly(theta.to(positions.device))).remainder(2 * math.pi).float()
 
 def rotate_to(
     x:torch.Tensor,         # (batch, heads, time, head_dim)
@@ -360,7 +364,7 @@ def dense_attention(
     k, rest = key[:, :, None, :, :d], key[..., d:]
     turned = r.factor**2 * (k * angle.cos() + r.turn(key[..., :d])[:, :, None] * angle.sin())
     logits = (query[..., None, :d] * turned).sum(-1) + query[..., d:] @ rest.transpose(-1, -2)
-    sharp = torch.as_tensor(rel.sharpness(m), dtype=logits.dtype)[..., None]
+    sharp = torch.as_tensor(rel.sharpness(m), dtype=logits.dtype, device=logits.device)[..., None]
     return (logits * scale * sharp).masked_fill(~seen, -math.inf).softmax(-1) @ value
 
 # %% ../nbs/09_relative.ipynb #935dd7af
@@ -382,7 +386,7 @@ def attend(
     kernel = _fused(q, k, v) if softcap is None and (seen is None or q.device.type == 'cpu') else None
     if kernel:
         mask = {} if seen is None else dict(attn_mask=torch.zeros(seen.shape, dtype=q.dtype).masked_fill_(~seen, -math.inf))
-        out, lse = kernel(q, k, v, scale=scale, **mask)[:2]
+        out, lse = kernel(*(t.contiguous() for t in (q, k, v)), scale=scale, **mask)[:2]          # one of them reads channels that do not lie side by side wrongly
         lse = lse[..., :q.shape[2]]                                            # one of them rounds the number of queries up
     else:
         logits = (q * scale @ k.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32))
@@ -454,7 +458,8 @@ def relative_attention(
     state = module.relative
     rel = state.rel
     if sliding_window is not None: rel = _Sliding(sliding_window)
-    query = query * torch.as_tensor(rel.sharpness(m), dtype=query.dtype, device=query.device)[..., None].expand(*m.shape, 1)[:, None]
+    sharp = torch.as_tensor(rel.sharpness(m), dtype=torch.float32, device=query.device).expand(m.shape)
+    query, key = (query * sharp[:, None, :, None]).to(value.dtype), key.to(value.dtype)       # under autocast they may differ
     parts = {i: [] for i in range(0, query.shape[2], BLOCK)}
     for region in rel.regions(module.layer_idx):
         some = _stretch(region, m, n, visible)[0].nonzero()
