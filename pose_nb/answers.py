@@ -79,9 +79,15 @@ class Task:
     )->Prompt:
         "A prompt of at most `length - new_tokens` tokens. Raises `PoseError` if that is too short."
         raise NotImplementedError
-    def mark(self, reply:str, prompt:Prompt)->float: return share_found(reply, prompt.references)   # In [0, 1]
-    def finished(self, reply:str, prompt:Prompt)->bool: return self.mark(reply, prompt) == 1        # More words cannot change the mark
-    def protocol(self)->dict: return dict(task=self.name) | asdict(self)
+    def mark(self, reply:str, prompt:Prompt)->float:
+        "The mark of a reply, in [0, 1]: the share of the references found in it."
+        return share_found(reply, prompt.references)
+    def finished(self, reply:str, prompt:Prompt)->bool:
+        "Whether the mark is certain, because more words cannot change it."
+        return self.mark(reply, prompt) == 1
+    def protocol(self)->dict:
+        "The settings of the task, as reports print them."
+        return dict(task=self.name) | asdict(self)
 
 # %% ../nbs/08a_answers.ipynb #b7f02336
 def trial_rng(
@@ -348,7 +354,9 @@ class AnswerRow:
     bos:int|None         # BOS token id; None for none
     protocol:dict        # The task's settings
     wrong:list           # Up to three trials without the full mark: dicts of references and reply
-    def to_dict(self): return {f.name: getattr(self, f.name) for f in fields(self)}
+    def to_dict(self):
+        "The fields as a dict that json takes."
+        return {f.name: getattr(self, f.name) for f in fields(self)}
 
 def answer_row(
     trials:list,    # Finished trials of one length and depth
@@ -373,14 +381,21 @@ class Answers:
         groups = groupby(self.rows, key=lambda r: r.length)
         return {n: tuple(map(sum, zip(*((r.accuracy * r.trials, r.trials) for r in g)))) for n, g in groups}
     @property
-    def accuracy(self): return {n: float(c / t) for n, (c, t) in self._pooled().items()}
+    def accuracy(self):
+        "Share of right replies, by length."
+        return {n: float(c / t) for n, (c, t) in self._pooled().items()}
     @property
-    def intervals(self): return {n: wilson(c, t) for n, (c, t) in self._pooled().items()}
+    def intervals(self):
+        "Wilson's 95% interval of the accuracy, by length."
+        return {n: wilson(c, t) for n, (c, t) in self._pooled().items()}
     def reach(self, at_least:float=.2):
         "The longest length up to which accuracy is at least `at_least` everywhere; 0 if nowhere."
         return reach(self.accuracy, at_least)
-    def to_dict(self): return dict(task=self.task.name, rows=[r.to_dict() for r in self.rows])
+    def to_dict(self):
+        "The name of the task and the rows as a dict that json takes."
+        return dict(task=self.task.name, rows=[r.to_dict() for r in self.rows])
     def table(self):
+        "One row per length and depth, for a notebook."
         keys = ('length', 'depth', 'trials', 'correct', 'accuracy', 'nll', 'probability', 'forced', 'prompt_min', 'prompt_max')
         return table([{k: 'uniform' if k == 'depth' and r.depth is None else getattr(r, k) for k in keys} | dict(low=r.interval[0], high=r.interval[1]) for r in self.rows])
     def plot(self, name='model', **kw):

@@ -176,13 +176,17 @@ class Detection:
     others:int           # Scale of the other groups meanwhile; divides `near`
     criterion:str='mark' # What is compared: "mark" or "nll"
     @property
-    def uniform(self): return (self.others,) * self.groups
+    def uniform(self):
+        "The same scale for every group."
+        return (self.others,) * self.groups
     def scales(self,
         group:int, # From 0
         scale:int, # Its candidate
     )->tuple: # A scale for every group
+        "The scales with one group's changed."
         return self.uniform[:group] + (scale,) + self.uniform[group + 1:]
-    def cells(self)->list: # Every list of scales that has to be tried, once
+    def cells(self)->list:
+        "Every list of scales that has to be tried, once."
         return list(dict.fromkeys([self.uniform] + [self.scales(g, s) for g in range(self.groups) for s in self.candidates]))
 
 # %% ../nbs/09a_dpe.ipynb #299bcdb5
@@ -294,12 +298,15 @@ class ScaleTable:
     seed:int           # Seed of the questions
     bos:bool           # Prompts start with BOS: True, False, or None for what the tokenizer does
     environment:dict   # Versions and hardware
-    def rel(self)->DPE: # The map
+    def rel(self)->DPE:
+        "The map with these scales."
         keep = self.keep and tuple(tuple(map(tuple, layer)) for layer in self.keep)
         return DPE(tuple(self.scales), self.near, self.pairs, keep)
     def save(self,
         path, # Where the file goes
-    ): return on_main(lambda: write_json(path, asdict(self)))
+    ):
+        "Write it as json, which `load_table` reads."
+        return on_main(lambda: write_json(path, asdict(self)))
 
 # %% ../nbs/09a_dpe.ipynb #3613b124
 def detect_scales(

@@ -54,7 +54,9 @@ class Pieces:
     def __init__(self,
         folder=None, # Where they are kept; None: nowhere
     ): self.folder = folder and Path(folder)
-    def path(self, key:dict): return self.folder/f'{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]}.json'
+    def path(self, key:dict):
+        "The file of a piece."
+        return self.folder/f'{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]}.json'
     def find(self,
         key:dict, # What was asked, plain values
     ): # {"value": ...}, or None
@@ -65,7 +67,8 @@ class Pieces:
             check(isinstance(kept, dict) and kept.keys() == {'key', 'value'}, f"{self.path(key)} is not a finished piece; delete it, and it is measured again.")
             return kept if kept['key'] == key else None
         return on_main(look)
-    def keep(self, key:dict, value): # The value as the file gives it back
+    def keep(self, key:dict, value):
+        "Keep a piece, and give its value as the file will give it back."
         plain = json.loads(json.dumps(dict(key=key, value=value)))
         if self.folder: on_main(lambda: write_json(self.path(key), plain) and None)
         return plain['value']
@@ -81,20 +84,32 @@ class Subject:
     ): self.path, self.how, self.relative, self.rel, self._net = path, dict(attn_implementation=attn_implementation, trust_remote_code=trust_remote_code), relative, None, None
     @property
     def name(self):
+        "The name in reports."
         name = Path(str(self.path)).resolve().name if Path(str(self.path)).exists() else str(self.path)
         return f'{name}+{self.relative}' if self.relative else name
     @cached_property
-    def tokenizer(self): return load_tokenizer(self.path, self.how['trust_remote_code'])
+    def tokenizer(self):
+        "Its tokenizer."
+        return load_tokenizer(self.path, self.how['trust_remote_code'])
     @cached_property
-    def hash(self): return on_main(lambda: model_hash(self.path))
+    def hash(self):
+        "Fingerprint of weights, config and tokenizer."
+        return on_main(lambda: model_hash(self.path))
     @cached_property
-    def info(self): return rope_info(skeleton(load_config(self.path, self.how['trust_remote_code'])))     # of the config alone
+    def info(self):
+        "Its rotation, read from the config alone."
+        return rope_info(skeleton(load_config(self.path, self.how['trust_remote_code'])))     # of the config alone
     @property
     def net(self):
+        "The model with its weights, loaded when first asked for."
         if self._net is None: self._net = set_relative(load_model(self.path, device=join().device, **self.how), self.rel)
         return self._net
-    def drop(self): self._net = None
-    def key(self): return dict(model=self.hash, attn_implementation=self.how['attn_implementation'], version=pose_nb.__version__) | (dict(relative=repr(self.rel)) if self.rel else {})
+    def drop(self):
+        "Let the weights go."
+        self._net = None
+    def key(self):
+        "What tells its pieces from those of other models."
+        return dict(model=self.hash, attn_implementation=self.how['attn_implementation'], version=pose_nb.__version__) | (dict(relative=repr(self.rel)) if self.rel else {})
 
 # %% ../nbs/10e_evaluate.ipynb #bb1b6aba
 def _bos(subject, bos):
@@ -121,22 +136,38 @@ class AnswerTest:
     seed:int=0           # Seed of questions and depths
     bos:bool=None        # Start prompts with BOS: True, False, or None for what the tokenizer does
     @property
-    def name(self): return self.task.name
+    def name(self):
+        "What files call it."
+        return self.task.name
     @property
-    def title(self): return 'Passkey retrieval' if self.name == 'passkey' else f'Retrieval: {self.name}'
-    def pieces(self, subject): return [replace(self, lengths=(n,)) for n in check_lengths(self.lengths)]
-    def key(self): return dict(kind='answers') | {f.name: getattr(self, f.name) for f in fields(self)} | dict(task=self.task.protocol(), exact=_digest(repr(self.task), getattr(self.task, 'file', None)))
+    def title(self):
+        "What headings call it."
+        return 'Passkey retrieval' if self.name == 'passkey' else f'Retrieval: {self.name}'
+    def pieces(self, subject):
+        "The parts that are measured and kept one by one."
+        return [replace(self, lengths=(n,)) for n in check_lengths(self.lengths)]
+    def key(self):
+        "Everything that was asked, as plain values: a kept piece is found again by it."
+        return dict(kind='answers') | {f.name: getattr(self, f.name) for f in fields(self)} | dict(task=self.task.protocol(), exact=_digest(repr(self.task), getattr(self.task, 'file', None)))
     @property
-    def cost(self): return sum(self.lengths) * self.trials * len(self.depths or [0])
-    def run(self, subject, progress): return retrieve(subject.net, subject.tokenizer, self.task, self.lengths, self.depths, self.trials, self.seed, _bos(subject, self.bos), shared=True, progress=progress).trials
-    def result(self, values): # `Answers` of finished pieces
+    def cost(self):
+        "Tokens to read, roughly; progress bars count them."
+        return sum(self.lengths) * self.trials * len(self.depths or [0])
+    def run(self, subject, progress):
+        "Measure one piece; the value is plain."
+        return retrieve(subject.net, subject.tokenizer, self.task, self.lengths, self.depths, self.trials, self.seed, _bos(subject, self.bos), shared=True, progress=progress).trials
+    def result(self, values):
+        "`Answers` of finished pieces."
         trials = [t for v in values for t in v]
         return Answers(self.task, [answer_row(list(g), self.task, self.seed, self.bos) for _, g in groupby(trials, key=lambda t: (t['length'], t['depth']))], trials)
-    def rows(self, values): # One dict per length and depth
+    def rows(self, values):
+        "One dict per length and depth."
         keys = ('trials', 'nll', 'probability', 'prompt_min', 'prompt_max')
         return [dict(length=r.length, depth='uniform' if r.depth is None else r.depth, accuracy=r.accuracy, low=r.interval[0], high=r.interval[1]) | {k: getattr(r, k) for k in keys} for r in self.result(values).rows]
     @property
-    def protocol(self): return f"Greedy decoding, {', '.join(f'{k} {v}' for k, v in self.task.protocol().items() if k not in ('task', 'name') and len(str(v)) <= 40)}; 95% Wilson intervals; seed {self.seed}; probability is that of the whole right answer, given token by token."
+    def protocol(self):
+        "One sentence for the card."
+        return f"Greedy decoding, {', '.join(f'{k} {v}' for k, v in self.task.protocol().items() if k not in ('task', 'name') and len(str(v)) <= 40)}; 95% Wilson intervals; seed {self.seed}; probability is that of the whole right answer, given token by token."
 
 # %% ../nbs/10e_evaluate.ipynb #1febe41b
 @dataclass(frozen=True)
@@ -668,6 +699,7 @@ def eval_short(
 def fit(self:AnswerTest,
     subject:Subject, # The model, for its tokenizer
 )->tuple: # (the test at the lengths where a prompt fits, or None; why others are left out, or '')
+    "Leave out the lengths that are too short for a prompt."
     bos = bos_id(subject.tokenizer, self.bos)
     def unfit(n, trials):
         try: make_trials(self.task, subject.tokenizer, (n,), self.depths, trials, self.seed, bos)
@@ -681,6 +713,7 @@ def fit(self:AnswerTest,
 def fit(self:PerplexityTest,
     subject:Subject, # The model, for its tokenizer
 )->tuple: # (the test at the lengths that a document fills, or None; why others are left out, or '')
+    "Leave out the lengths that no document fills."
     longest = max((len(d) for d in tokenize_documents(self.documents, subject.tokenizer)), default=0)
     if self.max_tokens: longest = min(longest, self.max_tokens + (bos_id(subject.tokenizer, self.bos) is not None))
     ok = tuple(n for n in check_lengths(self.lengths) if (self.last or 0) < n <= longest)
@@ -794,6 +827,7 @@ def eval_all(
     file:str=None,         # JSON or JSON lines with question, answers and context, for qa_1
     evaluator:str=None,    # For LongPPL: checkpoint folder or hub id of the model that chooses the tokens
     short:str=None,        # Tasks of lm-evaluation-harness, separated by commas
+    include_path:str=None, # Folder with task files of your own, for `short`
     threshold:float=.856,  # What counts as good enough for a length, in [0, 1]
     text_field:str='text', # Field with the text in structured data
     **kwargs,
@@ -804,8 +838,9 @@ def eval_all(
     _check_threshold(threshold)
     if file: questions(file)
     check(not (kwargs.get('relative') and (evaluator or short)), "LongPPL and short tasks are measured without a relative map; leave out --relative, or --evaluator and --short.")
+    check(short or include_path is None, "--include-path names task files for --short, which is not there; add --short, or leave it out.")
     if evaluator: _subjects(evaluator, None, None, kwargs.get('trust_remote_code', False))
-    if short: _check_harness(); _task_manager(_task_names(short), None)
+    if short: _check_harness(); _task_manager(_task_names(short), include_path)
     texts = tuple(heldout_texts(data, text_field))
     wanted = _chosen(tasks, file)
     hay = Haystack(texts)
@@ -823,7 +858,7 @@ def eval_all(
         try: reports.append(f(model, *args, **kw, **more))
         except PoseError as e: left_out[name] = str(e)
     if evaluator: also('longppl', eval_longppl, evaluator, data, documents=documents, max_tokens=max_tokens, text_field=text_field)
-    if short: also('short', eval_short, short)
+    if short: also('short', eval_short, short, include_path=include_path)
     return write_overview(reports, folder, f"all{_label(kwargs.get('relative'))}", threshold=threshold, left_out=left_out)
 
 def _close(name, names):

@@ -254,7 +254,9 @@ class ShortRow:
     digest:str          # Fingerprint of all questions and prompts
     values:np.ndarray=field(default=None, repr=False, compare=False) # float64 (questions,), in the order of the data
 
-    def to_dict(self): return {f.name: getattr(self, f.name) for f in fields(self) if f.name != 'values'}
+    def to_dict(self):
+        "The fields but for the marks of single questions, as a dict that json takes."
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != 'values'}
 
 # %% ../nbs/12_harness.ipynb #9008903f
 @dataclass(frozen=True)
@@ -267,8 +269,12 @@ class ShortResult:
     def __getitem__(self, task):
         check(task in (names := [r.task for r in self.rows]), f"no row for task '{task}'; this result has {', '.join(dict.fromkeys(names))}.")
         return next(r for r in self.rows if r.task == task)
-    def to_dict(self): return dict(task='short', rows=[r.to_dict() for r in self.rows], rotation=self.rotation, protocol=self.protocol)
-    def table(self): return table([{k: v for k, v in r.to_dict().items() if k not in ('interval', 'digest')} for r in self.rows])
+    def to_dict(self):
+        "The rows, the rotation and the protocol as a dict that json takes."
+        return dict(task='short', rows=[r.to_dict() for r in self.rows], rotation=self.rotation, protocol=self.protocol)
+    def table(self):
+        "One row per task and metric, for a notebook."
+        return table([{k: v for k, v in r.to_dict().items() if k not in ('interval', 'digest')} for r in self.rows])
     def plot(self, name='model', ax=None):
         "Every task's value with its interval."
         return _interval_plot([(_label(self.rows, r), r.value, r.interval) for r in self.rows], color(self.rotation['scaling']), f'{name}: share of questions', ax)
@@ -378,7 +384,9 @@ class ShortDifference:
     questions:int        # Questions asked
     truncated:int        # Questions cut off for either model
 
-    def to_dict(self): return {f.name: getattr(self, f.name) for f in fields(self)}
+    def to_dict(self):
+        "The fields as a dict that json takes."
+        return {f.name: getattr(self, f.name) for f in fields(self)}
 
 @dataclass(frozen=True)
 class ShortComparison:
@@ -387,8 +395,12 @@ class ShortComparison:
     rotations:dict  # {"base": ..., "extended": ...}, from `check_rotation`
     protocol:dict   # What both have in common
 
-    def to_dict(self): return dict(task='short', rows=[r.to_dict() for r in self.rows], rotations=self.rotations, protocol=self.protocol)
-    def table(self): return table([r.to_dict() for r in self.rows])
+    def to_dict(self):
+        "The rows, the rotations and the protocol as a dict that json takes."
+        return dict(task='short', rows=[r.to_dict() for r in self.rows], rotations=self.rotations, protocol=self.protocol)
+    def table(self):
+        "One row per task and metric, for a notebook."
+        return table([r.to_dict() for r in self.rows])
     def plot(self, ax=None):
         "Every task's difference with its interval, in percentage points."
         points = [(_label(self.rows, r), 100 * r.difference, None if r.low is None else (100 * r.low, 100 * r.high)) for r in self.rows]

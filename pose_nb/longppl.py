@@ -96,7 +96,9 @@ class KeyTexts:
     texts:list      # The texts, cut to what the evaluator read
     spans:list      # Per text, int, shape (keys, 2): first character and the one after the last of every key token
 
-    def to_dict(self): return {f.name: getattr(self, f.name) for f in fields(self)} | dict(spans=[np.asarray(s).tolist() for s in self.spans])
+    def to_dict(self):
+        "The fields as a dict that json takes."
+        return {f.name: getattr(self, f.name) for f in fields(self)} | dict(spans=[np.asarray(s).tolist() for s in self.spans])
 
 def _name(model): return Path(str(getattr(model.config, 'name_or_path', '') or type(model).__name__)).name
 
@@ -152,7 +154,9 @@ class LongPerplexity:
     def to_dict(self):
         "The result for a file: everything but the documents one by one."
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != 'per_document'}
-    def table(self): return table([{k: v for k, v in d.items() if k in ('tokens', 'keys')} | dict(ppl=math.exp(d['nll']), longppl=math.nan if d['key_nll'] is None else math.exp(d['key_nll'])) for d in self.per_document])
+    def table(self):
+        "One row per document, for a notebook."
+        return table([{k: v for k, v in d.items() if k in ('tokens', 'keys')} | dict(ppl=math.exp(d['nll']), longppl=math.nan if d['key_nll'] is None else math.exp(d['key_nll'])) for d in self.per_document])
 
 # %% ../nbs/07b_longppl.ipynb #1deac7db
 def over_keys(

@@ -44,7 +44,9 @@ class Haystack:
         check(all(isinstance(t, str) and t.strip() for t in texts), "texts of a haystack must be strings that are not empty; leave out the empty ones.")
         object.__setattr__(self, 'texts', texts)
     @property
-    def text(self): return _joined(self.texts)
+    def text(self):
+        "The texts in one piece."
+        return _joined(self.texts)
     def protocol(self)->dict:
         "The options, and instead of the texts their number, size and a digest that tells them apart."
         return dict(texts=len(self.texts), characters=len(self.text), sha256=hashlib.sha256(self.text.encode('utf-8', 'replace')).hexdigest()[:16],
@@ -112,7 +114,9 @@ class Needle(Task):
     value:str=None                # Words to hide instead of a number; a reply that has them is right
     name = 'needle'
     @property
-    def wanted(self): return 1
+    def wanted(self):
+        "How many numbers the reply must hold."
+        return 1
     def __post_init__(self):
         check(_integer(self.digits, 'digits') <= 18, f"digits is {self.digits}; use 1 to 18.")
         n = _integer(self.distractors, 'distractors', 0)
@@ -201,7 +205,9 @@ class MultiNeedle(Needle):
     criterion:str='mean'                                                    # What is right: "any", "two", "all" or "mean"
     name = 'multi_needle'
     @property
-    def wanted(self): return self.needles
+    def wanted(self):
+        "How many numbers the reply must hold."
+        return self.needles
     def __post_init__(self):
         choose(self.criterion, CRITERIA, 'criterion')
         n = _integer(self.needles, 'needles')
@@ -228,16 +234,25 @@ def by_criterion(
     return out
 
 # %% ../nbs/08c_needles.ipynb #3b7c1d06
-ADJECTIVES = ('able agile amber ample ancient arid azure bitter blank blunt bold brave brief bright brisk broad calm candid clear clever cold cosy crisp curly daring dark deep dense dim dry dusty eager early '
-              'empty exact faint fair fancy fast firm flat fond frank free fresh frosty full gentle giant glad golden grand green grey happy hard hasty heavy hidden hollow honest humble icy idle jolly keen '
-              'kind large late lean level light little lively lofty lone loud lucky mellow mild misty modest muddy narrow neat new noble odd old open pale plain polite proud pure quick quiet rapid rare '
-              'raw ready rich ripe rough round royal rusty safe salty sharp shiny short silent simple slim slow small smooth soft solid spare steep stern still stout strong sunny sweet swift tall tame '
-              'tender thick thin tidy tiny tough vast vivid warm wary wide wild wise young').split()
-NOUNS = ('acorn anchor apple apron arrow badge basin basket beacon beam bell bench berry bottle branch brick bridge broom brush bucket button cabin candle canoe canvas carpet cart castle chain chair '
-         'chalk chest circle cliff clock cloud clover coat coin copper cotton cradle creek crown cup curtain desk door drum easel engine fabric falcon farm feather fence fern field flag flame flask '
-         'flute forest fork fountain garden gate glove grain hammer harbor harp hat hedge helmet hill hinge horn island ivory jacket jar kettle key kite ladder lamp lantern leaf lemon lens letter '
-         'lily lock magnet map marble meadow mirror moss needle nest oak oar olive orchard oven paddle paint palm path pebble pencil petal piano pillow pipe pitcher plank plate pocket pond pump quilt '
-         'rail raft reed ribbon ring river robe roof rope saddle sail sand scarf seed shelf shell shore silk spoon stone stool table tent thread tower trail trunk valley vase wagon wall wheel window').split()
+ADJECTIVES = '''able ancient angry autumn basic bitter blank bold brave brief bright broad broken bronze busy calm careful cheap clean clear clever close cloudy
+cold common cool copper crisp curious curly damp dark dear deep dense dim distant double dry dull dusty eager early easy empty equal even exact faint fair famous
+fancy fast fierce final fine firm flat fond formal fragile free fresh frosty full funny gentle giant glad golden good grand grave great green grey happy hard hasty
+heavy hidden high hollow honest huge humble icy idle jolly keen kind large late lazy lean light little lively local lonely long loose loud loyal lucky major mellow
+merry mild minor misty modest narrow neat new nimble noble noisy odd old open orange outer pale patient plain polite proud purple quick quiet rapid rare raw ready
+red rich ripe rough round royal rusty sad safe salty secret shallow sharp short shy silent silver simple sleepy slim slow small smooth soft solid sour square steady
+steep stern still stormy strange strict strong subtle sudden sunny sweet swift tall tame tender thick thin tidy tiny tough upper urban vast violet vivid warm weak
+wet white whole wide wild windy wise wooden young'''.split()
+NOUNS = '''acorn actor anchor apple arch arrow artist atlas badge baker balloon banjo barley barn basin basket beach beacon bear beaver bell berry bicycle bird blanket
+boat bottle branch bread bridge broom brush bucket button cabin cactus camel camera candle canoe canyon captain carpet castle cave cedar cellar chair chapel cherry
+chimney circle city clock cloud clover coast coin comet compass copy corn corner cottage cousin crane crayon creek cricket crown curtain daisy dancer desert desk
+diamond dolphin donkey door dragon drawer drum eagle easel engine falcon farmer feather fence ferry fiddle field finger flag flame flute fog forest fork fountain
+fox frog garden gate ghost giraffe glacier glove goat grape guest guitar hammer harbor harp hat hawk hedge helmet heron hill honey horn horse hotel house island
+ivory jacket jar jewel judge juice kettle key king kitchen kite ladder lake lamp lantern leaf lemon letter library lily lizard lobster lock maple marble market mask
+meadow melon mill mirror monkey moon morning moth mountain mouse needle nephew nest nickel night nurse oak oasis ocean olive onion orchard otter oven owl oyster page
+paint palace panda paper parrot path peach pear pebble pencil pepper piano pigeon pillow pilot pine planet plum pocket poem pond pony potato prince pumpkin puppet
+quarry queen rabbit radio rain raven ribbon rice ring river road robin rocket roof rope rose saddle sailor salmon sand scarf school seal shadow sheep shell ship shoe
+singer sister sky sleeve snail snow soap sparrow spider spoon spring stable star station stone storm street summer swan table teacher temple thunder ticket tiger
+tower town train trumpet tulip tunnel turtle uncle valley velvet village violin wagon walnut water whale wheat wheel willow window winter wolf wood yard zebra'''.split()
 
 # %% ../nbs/08c_needles.ipynb #3f312341
 def _place_record(count, depth, u):

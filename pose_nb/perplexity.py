@@ -253,11 +253,19 @@ class PerplexityResult:
         check(length in self.ppl, f"no row for length {length}; this result has {', '.join(map(str, self.ppl))}.")
         return next(r for r in self.rows if r.length == length)
     @property
-    def ppl(self): return {r.length: r.ppl for r in self.rows}
+    def ppl(self):
+        "Perplexity, by length."
+        return {r.length: r.ppl for r in self.rows}
     @property
-    def intervals(self): return {r.length: r.interval or (r.ppl, r.ppl) for r in self.rows}
-    def to_dict(self): return dict(task='perplexity', rows=[r.to_dict() for r in self.rows])
-    def table(self): return table([{k: v for k, v in r.to_dict().items() if k != 'interval'} for r in self.rows])
+    def intervals(self):
+        "The 95% interval over documents, by length; of one document, its perplexity twice."
+        return {r.length: r.interval or (r.ppl, r.ppl) for r in self.rows}
+    def to_dict(self):
+        "The rows as a dict that json takes."
+        return dict(task='perplexity', rows=[r.to_dict() for r in self.rows])
+    def table(self):
+        "One row per length, for a notebook."
+        return table([{k: v for k, v in r.to_dict().items() if k != 'interval'} for r in self.rows])
     def plot(self, name='model', **kw):
         "Perplexity over length; keywords go to `length_plot`."
         return length_plot({name: self.ppl}, ylabel='perplexity', intervals={name: self.intervals}, **kw)

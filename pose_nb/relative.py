@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BLOCK', 'NAME', 'RELATIVE', 'Region', 'near_keys', 'far_keys', 'RelativeMap', 'last_row', 'map_plot', 'row_plot',
-           'map_picture', 'log_n_factor', 'SelfExtend', 'ReRoPE', 'exactly', 'LeakyReRoPE', 'STRING', 'DCA',
-           'LMInfinite', 'DPE', 'Rotation', 'ask_rotation', 'turned_by', 'rotate_to', 'dense_attention', 'attend',
-           'merge', 'relative_attention', 'clear_relative', 'set_relative', 'relative', 'describe_map', 'check_reach',
+           'map_picture', 'log_n_factor', 'SelfExtend', 'ReRoPE', 'LeakyReRoPE', 'STRING', 'DCA', 'LMInfinite', 'DPE',
+           'Rotation', 'ask_rotation', 'turned_by', 'rotate_to', 'dense_attention', 'attend', 'merge',
+           'relative_attention', 'clear_relative', 'set_relative', 'relative', 'describe_map', 'check_reach',
            'get_relative', 'generate']
 
 # %% ../nbs/09_relative.ipynb #4696dea7
@@ -37,6 +37,7 @@ class Region:
         m, # Positions of queries
         n, # Positions of keys, of a shape that fits
     ): # bool
+        "Whether a query meets a key in this stretch."
         return (self.first(m) <= n) & (n <= self.last(m))
 
 def near_keys(
@@ -185,7 +186,7 @@ class ReRoPE(RelativeMap):
         check(self.window < window, f"a cap of {self.window} tokens is not below the model's window of {window}; use at most {window - 1}.")
         return None
 
-def exactly(x): return x.to(torch.float32 if x.device.type == 'mps' else torch.float64)       # Apple's GPUs have no float64
+def _exactly(x): return x.to(torch.float32 if x.device.type == 'mps' else torch.float64)       # Apple's GPUs have no float64
 
 @dataclass(frozen=True)
 class LeakyReRoPE(RelativeMap):
@@ -200,7 +201,7 @@ class LeakyReRoPE(RelativeMap):
     def sharpness(self, m): return log_n_factor(m, self.log_n)
     def regions(self, layer=0):
         w, k = self.window, self.factor
-        return [near_keys(w), far_keys(w, lambda m: exactly(m) / k + w * (1 - 1 / k), lambda n: exactly(n) / k)]
+        return [near_keys(w), far_keys(w, lambda m: _exactly(m) / k + w * (1 - 1 / k), lambda n: _exactly(n) / k)]
     def reach(self, window):
         check(self.window <= window, f"the near window of {self.window} tokens is longer than the model's {window}; use at most {window}.")
         return math.ceil(round(self.window + (window - self.window) * self.factor, 6))
@@ -331,7 +332,7 @@ def turned_by(
     theta:torch.Tensor,     # Angles per position, of a shape that fits
 )->torch.Tensor: # float32, in [0, 2 pi)
     "The angle of a position. Far out, a float32 product would be off by thousandths, so whole turns are taken away in float64 first."
-    return (exactly(positions) * exactly(theta.to(positions.device))).remainder(2 * math.pi).float()
+    return (_exactly(positions) * _exactly(theta.to(positions.device))).remainder(2 * math.pi).float()
 
 def rotate_to(
     x:torch.Tensor,         # (batch, heads, time, head_dim)

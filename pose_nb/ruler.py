@@ -22,6 +22,7 @@ from scipy.special import zeta
 from .answers import Answers, Prompt, Task, _encode, _tokenizer_bos, continuation, make_trials, reach, retrieve, share_found
 from .common import PoseError, check, choose
 from .data import stdlib_documents
+from .needles import ADJECTIVES, NOUNS
 from .perplexity import _integer, check_lengths
 from .plots import length_plot, table
 
@@ -82,9 +83,15 @@ class RulerTask(Task):
     official:bool=False   # RULER as it is, faults included
     chat:str='{task}'     # What a chat model needs around the question, which stands for `{task}`; the prefix of the reply follows
     def __post_init__(self): check(isinstance(self.chat, str) and self.chat.count('{task}') == 1, f"chat is {self.chat!r}; it must be a text with '{{task}}' in it once.")
-    def units(self, length): return 1, 1, None                                       # least, step, most
-    def builder(self, tokenizer, length, depth, seed): raise NotImplementedError     # function of units to a `Draft`
-    def budget(self, length): return length - self.new_tokens
+    def units(self, length):
+        "The least units, the step and the most (None: no limit) that a prompt of this length may be filled with."
+        return 1, 1, None
+    def builder(self, tokenizer, length, depth, seed):
+        "A function of units to a `Draft`."
+        raise NotImplementedError
+    def budget(self, length):
+        "Tokens that a prompt may have."
+        return length - self.new_tokens
     def prompt(self, tokenizer, length, depth, rng, bos):
         draft, head, made = self.builder(tokenizer, length, depth, int(rng.integers(2**62))), [] if bos is None else [bos], {}
         def ids(units):
@@ -111,25 +118,6 @@ class RulerTask(Task):
         return dict(task=self.name) | {k: short(v) for k, v in asdict(self).items()}
 
 # %% ../nbs/08d_ruler.ipynb #fedbd2ad
-_ADJECTIVES = '''able ancient angry autumn basic bitter blank bold brave brief bright broad broken bronze busy calm careful cheap clean clear clever close cloudy
-cold common cool copper crisp curious curly damp dark dear deep dense dim distant double dry dull dusty eager early easy empty equal even exact fair faint famous
-fancy fast fierce final fine firm flat fond formal fragile free fresh frosty full funny gentle giant glad golden good grand grave great green grey happy hard hasty
-heavy hidden high hollow honest huge humble icy idle jolly keen kind large late lazy lean light little lively local lonely long loose loud loyal lucky major mellow
-merry mild minor misty modest narrow neat new nimble noble noisy odd old open orange outer pale patient plain polite proud purple quick quiet rapid rare raw ready
-red rich ripe rough round royal rusty sad safe salty secret shallow sharp short shy silent silver simple sleepy slim slow small smooth soft solid sour square steady
-steep stern still stormy strange strict strong subtle sudden sunny sweet swift tall tame tender thick thin tidy tiny tough upper urban vast violet vivid warm weak
-wet white whole wide wild windy wise wooden young'''.split()
-_NOUNS = '''acorn actor anchor apple arch arrow artist atlas badge baker balloon banjo barley barn basin basket beach beacon bear beaver bell berry bicycle bird blanket
-boat bottle branch bread bridge broom brush bucket button cabin cactus camel camera candle canoe canyon captain carpet castle cave cedar cellar chair chapel cherry
-chimney circle city clock cloud clover coast coin comet compass copy corn corner cottage cousin crane crayon creek cricket crown curtain daisy dancer desert desk
-diamond dolphin donkey door dragon drawer drum eagle easel engine falcon farmer feather fence ferry fiddle field finger flag flame flute fog forest fork fountain
-fox frog garden gate ghost giraffe glacier glove goat grape guest guitar hammer harbor harp hat hawk hedge helmet heron hill honey horn horse hotel house island
-ivory jacket jar jewel judge juice kettle key king kitchen kite ladder lake lamp lantern leaf lemon letter library lily lizard lobster lock maple marble market mask
-meadow melon mill mirror monkey moon morning moth mountain mouse needle nephew nest nickel night nurse oak oasis ocean olive onion orchard otter oven owl oyster page
-paint palace panda paper parrot path peach pear pebble pencil pepper piano pigeon pillow pilot pine planet plum pocket poem pond pony potato prince pumpkin puppet
-quarry queen rabbit radio rain raven ribbon rice ring river road robin rocket roof rope rose saddle sailor salmon sand scarf school seal shadow sheep shell ship shoe
-singer sister sky sleeve snail snow soap sparrow spider spoon spring stable star station stone storm street summer swan table teacher temple thunder ticket tiger
-tower town train trumpet tulip tunnel turtle uncle valley velvet village violin wagon walnut water whale wheat wheel willow window winter wolf wood yard zebra'''.split()
 REPEAT = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 NEEDLE = "One of the special magic {type_v} for {key} is: {value}."
 NIAH = "Some special magic {type_v} are hidden within the following text. Make sure to memorize it. I will quiz you about the {type_v} afterwards.\n{context}\nWhat are all the special magic {type_v} for {query} mentioned in the provided text?"
@@ -138,7 +126,7 @@ NIAH_PREFIX = " The special magic {type_v} for {query} mentioned in the provided
 @lru_cache(1)
 def key_words()->tuple: # Strings such as "brave-otter"
     "The keys that needles have if you pass none: every adjective with every noun."
-    return tuple(f'{a}-{n}' for a in sorted(set(_ADJECTIVES)) for n in sorted(set(_NOUNS)))
+    return tuple(f'{a}-{n}' for a in ADJECTIVES for n in NOUNS)
 
 @lru_cache(2)
 def _story(text):
@@ -540,11 +528,15 @@ class RulerResult:
     answers:dict            # {task: `Answers`}
     threshold:float=.856    # What counts as good enough, in [0, 1]
     @property
-    def marks(self): return {name: a.accuracy for name, a in self.answers.items()}
+    def marks(self):
+        "Mean mark by task and length."
+        return {name: a.accuracy for name, a in self.answers.items()}
     def scores(self, threshold:float=None):
         "RULER's summary numbers, at this threshold or another."
         return ruler_scores(self.marks, self.threshold if threshold is None else threshold)
-    def to_dict(self): return dict(threshold=self.threshold, scores=self.scores(), tasks={name: a.to_dict() for name, a in self.answers.items()})
+    def to_dict(self):
+        "Threshold, scores and all answers as a dict that json takes."
+        return dict(threshold=self.threshold, scores=self.scores(), tasks={name: a.to_dict() for name, a in self.answers.items()})
     def table(self):
         "Scores from 0 to 100: a row per task, one for the mean."
         row = lambda name, scores: dict(task=name, **{str(n): s for n, s in scores.items()})

@@ -185,7 +185,9 @@ def make_schedule(opt, settings):
     except Exception as e:
         raise PoseError(f"lr_scheduler_type '{settings.lr_scheduler_type}' cannot be used ({str(e).splitlines()[0].rstrip('.')}); use for example linear, cosine or constant_with_warmup.") from None
 
-def check_schedule(settings): make_schedule(torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.), settings)
+def check_schedule(settings):
+    "Refuse a schedule that does not exist before anything is loaded."
+    return make_schedule(torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.), settings)
 
 # %% ../nbs/06_train.ipynb #062b6c79
 def step_indices(

@@ -285,6 +285,10 @@ def test_shots_and_tokenizers_that_the_harness_cannot_use(model, tmp_path, cli):
     words = ['short', '--tasks', 'mine', '--include-path', tmp_path/'tasks']
     refused(cli, model, words + ['--shots', '4'], "has 3 examples")
     assert cli('eval', *words[:1], model, *words[1:], '--shots', '3', '--output-dir', tmp_path/'out', '--no-progress').code == 0
+    everything = ['all', '--tasks', 'passkey', '--lengths', '240', '--trials', '1', '--include-path', tmp_path/'tasks']
+    r = cli('eval', *everything[:1], model, *everything[1:], '--short', 'mine', '--output-dir', tmp_path/'all', '--no-progress')
+    assert r.code == 0 and (tmp_path/'all'/'eval'/'short.json').exists(), r.err
+    refused(cli, model, everything, 'add --short')
     from transformers import PreTrainedTokenizerFast
     PreTrainedTokenizerFast(tokenizer_object=make_tokenizer(False).backend_tokenizer).save_pretrained(model)
     refused(cli, model, words, 'neither a BOS nor an EOS token')

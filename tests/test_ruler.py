@@ -9,7 +9,7 @@ import pose_nb.ruler as R
 from conftest import make_model, make_tokenizer
 from pose_nb.answers import Reader, make_trials, retrieve, trial_rng
 from pose_nb.common import PoseError
-from pose_nb.ruler import (_ADJECTIVES, CWE, CWE_PREFIX, FWE, FWE_PREFIX, NEEDLE, NIAH, NIAH_PREFIX, _NOUNS, QA, QA_PREFIX, QA_TASK, REPEAT, RULER, VT, VT_PREFIX, CommonWords,
+from pose_nb.ruler import (ADJECTIVES, CWE, CWE_PREFIX, FWE, FWE_PREFIX, NEEDLE, NIAH, NIAH_PREFIX, NOUNS, QA, QA_PREFIX, QA_TASK, REPEAT, RULER, VT, VT_PREFIX, CommonWords,
                            FrequentWords, Niah, RulerResult, VariableTracking, continuation, found, key_words, largest, list_words, questions, ruler, ruler_scores, ruler_task,
                            singular, tidy, weighted_mean, zipf_counts)
 
@@ -31,8 +31,8 @@ def text(p): return TOK.decode(p.ids[1:])
 @pytest.fixture(scope='module')
 def dev(tmp_path_factory):
     p = tmp_path_factory.mktemp('qa')/'dev.jsonl'
-    names = [f'{a.title()} {n.title()}' for a, n in zip(_ADJECTIVES[:60], _NOUNS[:60])]
-    rows = [dict(question=f'Who founded town {i}?', answers=[who, who.split()[1]], title=f'T{i // 5}', context=f'Town {i} is old. It was founded by {who} long ago, on a {_NOUNS[i + 90]}.') for i, who in enumerate(names)]
+    names = [f'{a.title()} {n.title()}' for a, n in zip(ADJECTIVES[:60], NOUNS[:60])]
+    rows = [dict(question=f'Who founded town {i}?', answers=[who, who.split()[1]], title=f'T{i // 5}', context=f'Town {i} is old. It was founded by {who} long ago, on a {NOUNS[i + 90]}.') for i, who in enumerate(names)]
     p.write_text('\n'.join(map(json.dumps, rows)))
     return str(p)
 
@@ -165,7 +165,7 @@ def test_strings_are_the_protocol():
     assert 'variables are assgined the value' in VT_PREFIX and VT_PREFIX.endswith('they are: ') and VT.startswith('Memorize and track the chain(s)')
     assert CWE.format(context='x', common=10).endswith('What are the 10 most common words in the above list?') and CWE_PREFIX.format(common=10) == ' Answer: The top 10 words that appear most often in the list are:'
     assert FWE.count("'....'") == 1 and FWE_PREFIX.endswith('three most frequently appeared words are:') and QA_PREFIX == ' Answer:' and QA_TASK.count('Only give me the answer') == 2
-    assert len(set(_ADJECTIVES)) == len(_ADJECTIVES) and len(set(_NOUNS)) == len(_NOUNS) and len(key_words()) > 40_000 and len(set(list_words())) == len(list_words()) > 1000
+    assert len(set(ADJECTIVES)) == len(ADJECTIVES) and len(set(NOUNS)) == len(NOUNS) and len(key_words()) > 40_000 and len(set(list_words())) == len(list_words()) > 1000
 
 
 def test_the_strings_of_another_port():
@@ -477,7 +477,7 @@ def test_bad_requests(dev):
     with pytest.raises(PoseError, match='new_tokens'): ask(mini('fwe', new_tokens=0))
     with pytest.raises(PoseError, match='needs questions; pass file'): ask('qa_2')
     with pytest.raises(PoseError, match='only 60 units'): ask(QA(file=dev), lengths=60_000)
-    with pytest.raises(PoseError, match='only .* units'): ask(mini('cwe', words=tuple(_NOUNS[:70])), lengths=30_000)
+    with pytest.raises(PoseError, match='only .* units'): ask(mini('cwe', words=tuple(NOUNS[:70])), lengths=30_000)
     with pytest.raises(PoseError, match='threshold'): ask(mini('fwe'), threshold=85)
     with pytest.raises(PoseError, match='names or tasks'): ask(5)
     with pytest.raises(PoseError, match='names or tasks'): ask(['vt', None])
