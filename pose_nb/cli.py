@@ -127,7 +127,7 @@ def resume_command(
 # %% ../nbs/11_cli.ipynb #f105f5e5
 def _what_remains(output_dir, argv):
     "What an interrupted command left: a checkpoint to go on from, or nothing worth keeping."
-    if argv[:1] == ['eval']: return 'what was measured is kept; the same command goes on from there.' if output_dir and any((Path(output_dir)/'eval'/'pieces').glob('*.json')) else 'nothing was saved.'
+    if argv[:1] in (['eval'], ['detect']): return 'what was measured is kept; the same command goes on from there.' if output_dir and any((Path(output_dir)/'eval'/'pieces').glob('*.json')) else 'nothing was saved.'
     run = argv[:1] == ['extend'] and (Path(output_dir)/'pose_nb.json').exists()
     if run and any(Path(output_dir).glob('checkpoint-*')): return f'the last checkpoint is whole; continue with:\n  {resume_command(argv)}'
     return f'{output_dir} holds no checkpoint to continue from; start again with a new --output-dir.' if run else 'nothing was saved.'

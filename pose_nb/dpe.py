@@ -212,8 +212,9 @@ def plan_detection(
     choose(criterion, _CRITERIA, 'criterion'); _integer(trials, 'trials')
     near = 2 ** int(math.log2(max(1, window // 8))) if near is None else _integer(near, 'near')
     check(near <= window, f"near is {near}, and the model's window has {window} tokens; use at most {window}.")
-    others = _power(2 * target / window) if others is None else _integer(others, 'others')
+    asked, others = others is not None, _power(2 * target / window) if others is None else _integer(others, 'others')
     candidates = tuple(sorted({_integer(s, 'a candidate') for s in candidates or [2**k for k in range(int(math.log2(max(1, min(near, target // near)))) + 1)]}))
+    check(asked or others <= near, f"for {target:,} tokens the other groups need a scale of {others}, which cannot divide near, which is {near}; use --near {others} or more, or a shorter target.")
     odd = [s for s in (*candidates, others) if near % s]
     check(not odd, f"scale {(odd or [0])[0]} does not divide near {near}; use powers of two, and a near that is a multiple of them.")
     test, why = AnswerTest(task, (target,), None, trials, seed, bos).fit(subject)
@@ -452,7 +453,7 @@ def check_table(
     check(here == made, message or f"this table is for a model of {say(made)}, and this one has {say(here)}; find its own scales with: pose_nb detect.")
     if other_weights or isinstance(model, torch.nn.Module): return
     subject = model if isinstance(model, Subject) else Subject(model)
-    check(subject.hash == t.fingerprint, message or f"this table is for other weights ({t.model}, fingerprint {t.fingerprint[:12]}, not {subject.hash[:12]}); find scales for these with pose_nb detect, or pass other_weights=True.")
+    check(subject.hash == t.fingerprint, message or f"this table is for other weights ({t.model}, fingerprint {t.fingerprint[:12]}, not {subject.hash[:12]}); find scales for these with pose_nb detect, or let them pass with other_weights (--relative-kwargs '{{\"source\": ..., \"other_weights\": true}}').")
 
 def load_dpe(
     path,                     # A dpe.json
@@ -467,7 +468,8 @@ def load_dpe(
 def find_dpe(
     source,      # Name of a preset, or path of a dpe.json
     model=None,  # Checkpoint folder or hub id, a `Subject`, or a transformers model it must fit; None: not checked
+    other_weights:bool=False, # Let a table for other weights of the same shape pass, such as a fine-tuned model's
 )->DPE: # A map for `set_relative`
     "Published scales by name, or found ones by path. Raises `PoseError` as `preset` and `load_dpe` do."
-    if Path(source).is_file() or Path(source).suffix == '.json': return load_dpe(source, model)
+    if Path(source).is_file() or Path(source).suffix == '.json': return load_dpe(source, model, other_weights)
     return preset(str(source), model)

@@ -10,7 +10,7 @@ __all__ = ['model_hash', 'Pieces', 'Subject', 'AnswerTest', 'PerplexityTest', 'n
 
 # %% ../nbs/10e_evaluate.ipynb #97ffa7c3
 import difflib, hashlib, json, math, os, time
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 import pose_nb
 from .answers import Answers, Task, _check_depths, _tokenizer_bos, answer_row, depth_plot, make_trials, reach, retrieve, wilson
-from .common import PoseError, check, environment, read_json, write_json
+from .common import PoseError, check, choose, environment, read_json, write_json
 from .engines import join, on_main
 from .export import _local, read_record, skeleton, write_card
 from .model import default_base, load_config, load_model, load_tokenizer, rope_info
@@ -31,7 +31,7 @@ from .longppl import KeyTexts, mark_keys, score_keys
 from .needles import Haystack, KeyValue, Lines, MultiNeedle, Needle, pairs_length
 from .perplexity import _integer, check_lengths, context_perplexity, mean_over_documents, perplexity, tokenize_documents, truncated_perplexity
 from .plots import length_plot, plt, table, token_label, use_style
-from .relative import describe_map, get_relative, set_relative
+from .relative import RELATIVE, describe_map, get_relative, set_relative
 from .retrieval import Passkey
 from .ruler import QA, RULER, Niah, questions, ruler_task
 from .workflow import bos_id, heldout_texts, lengths_between, save_figure
@@ -86,7 +86,7 @@ class Subject:
     def name(self):
         "The name in reports."
         name = Path(str(self.path)).resolve().name if Path(str(self.path)).exists() else str(self.path)
-        return f'{name}+{self.relative}' if self.relative else name
+        return f"{name}+{choose(self.relative, RELATIVE, 'relative map').name}" if self.relative else name
     @cached_property
     def tokenizer(self):
         "Its tokenizer."
@@ -324,7 +324,7 @@ def plot(self:PerplexityTest,
 # %% ../nbs/10e_evaluate.ipynb #81bc0cb7
 def _told(rel): return f"{rel.name} ({describe_map(rel)})"
 
-def _label(relative): return f'-{relative}' if relative else ''
+def _label(relative): return f"-{choose(relative, RELATIVE, 'relative map').name}" if relative else ''
 
 def report(
     test,           # A test
@@ -338,7 +338,7 @@ def report(
     rows = [dict(model=n) | row for n, r in results.items() for row in test.rows(r)]
     differences = test.differences(*list(results.values())[::-1]) if len(results) == 2 else []
     name, title = f'{test.name}{_label(rel and rel.name)}', f'{test.title} with {_told(rel)}' if rel else test.title
-    out = dict(name=name, test=test.name, title=title, rows=rows, differences=differences, protocol=test.protocol, models=hashes, environment=environment())
+    out = dict(name=name, test=test.name, title=title, rows=rows, differences=differences, protocol=test.protocol, models=hashes, environment=environment()) | (dict(relative=dict(name=rel.name) | asdict(rel)) if rel else {})
     text = [title, table(rows).to_string(index=False)]
     if len(results) == 2 and not differences: text += ['', f"{' and '.join(results)} read different tokens, so their results are not compared."]
     if out['differences']: text += ['', f'{list(results)[0]} compared with {list(results)[1]}', table(out['differences']).to_string(index=False)]
@@ -376,12 +376,7 @@ def _subjects(model, compare, attn_implementation, trust_remote_code, relative=N
 def _map(subject, relative, settings, longest):
     "The relative map that was asked for, or None. Raises `PoseError` for one that cannot reach the longest length."
     check(relative or not settings, "relative_kwargs are settings of a relative map; name it with --relative.")
-    if not relative: return None
-    if relative.lower() != 'dpe': return get_relative(relative, subject.info.length, longest, **settings or {})
-    from pose_nb.dpe import find_dpe                       # that page builds on this one
-    source = (settings or {}).get('source')
-    check(source, "dpe needs its scales; give --relative-kwargs '{\"source\": ...}' with the dpe.json of pose_nb detect, or the name of a published table.")
-    return find_dpe(source, subject)
+    return get_relative(relative, subject.info.length, longest, model=subject, **settings or {}) if relative else None
 
 def _kept(folder): return Pieces(folder and Path(folder)/'eval'/'pieces')
 

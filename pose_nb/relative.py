@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['BLOCK', 'NAME', 'RELATIVE', 'Region', 'near_keys', 'far_keys', 'RelativeMap', 'last_row', 'map_plot', 'row_plot',
            'map_picture', 'log_n_factor', 'SelfExtend', 'ReRoPE', 'LeakyReRoPE', 'STRING', 'DCA', 'LMInfinite', 'DPE',
-           'Rotation', 'ask_rotation', 'turned_by', 'rotate_to', 'dense_attention', 'attend', 'merge',
-           'relative_attention', 'clear_relative', 'set_relative', 'relative', 'describe_map', 'check_reach',
-           'get_relative', 'generate']
+           'describe_map', 'Rotation', 'ask_rotation', 'turned_by', 'rotate_to', 'dense_attention', 'attend', 'merge',
+           'relative_attention', 'clear_relative', 'set_relative', 'relative', 'check_reach', 'get_relative',
+           'generate']
 
 # %% ../nbs/09_relative.ipynb #4696dea7
-import math, sys, warnings
+import math, operator, sys, warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -22,7 +22,8 @@ from matplotlib import pyplot as plt
 from transformers import AttentionInterface, AttentionMaskInterface, set_seed
 
 from .common import PoseError, check, choose
-from .model import _first_line, frequencies, load_model, load_tokenizer, rope_info, rotary_modules
+from .export import skeleton
+from .model import _first_line, frequencies, load_config, load_model, load_tokenizer, rope_info, rotary_modules
 from .perplexity import _integer, _length_dependent
 
 # %% ../nbs/09_relative.ipynb #ebe1d9bc
@@ -139,11 +140,14 @@ def map_picture(
     return map_plot(rel, tokens, window, axs[0]), row_plot(rel, tokens, window, axs[1])
 
 # %% ../nbs/09_relative.ipynb #b714126f
+def _is_number(x): return isinstance(x, (int, float)) and not isinstance(x, bool)
+
 def _checked(self, **least):
     "Fields as whole numbers of at least so much."
     for k, v in least.items(): object.__setattr__(self, k, _integer(getattr(self, k), k, v))
     if getattr(self, 'log_n', None) is not None: _integer(self.log_n, 'log_n', 2)
-    check(0 < getattr(self, 'attention_factor', 1.) < math.inf, f"attention_factor is {getattr(self, 'attention_factor', 1.)}; use a number above 0, 1 for no change.")
+    factor = getattr(self, 'attention_factor', 1.)
+    check(_is_number(factor) and 0 < factor < math.inf, f"attention_factor is {factor!r}; use a number above 0, 1 for no change.")
 
 def log_n_factor(
     m,        # int64 tensor: positions of queries
@@ -197,7 +201,7 @@ class LeakyReRoPE(RelativeMap):
     name = 'leaky_rerope'
     def __post_init__(self):
         _checked(self, window=1)
-        check(1 <= self.factor < math.inf, f"factor is {self.factor}; use a number of at least 1.")
+        check(_is_number(self.factor) and 1 <= self.factor < math.inf, f"factor is {self.factor!r}; use a number of at least 1.")
     def sharpness(self, m): return log_n_factor(m, self.log_n)
     def regions(self, layer=0):
         w, k = self.window, self.factor
@@ -241,7 +245,8 @@ class DCA(RelativeMap):
         window:int,           # Window the model was trained on, in tokens
         variant:str='paper',  # "paper" or "code"
     ): # `DCA`
-        "The published settings for a window."
+        "The published settings for a window. Raises `PoseError` for another variant."
+        window = _integer(window, 'window')
         return choose(variant, dict(paper=lambda: cls(window * 3 // 4, window - 1), code=lambda: cls(window * 3 // 4 - window // 8, window * 3 // 4)), 'variant')()
     def sharpness(self, m): return self.attention_factor**2
     def regions(self, layer=0):
@@ -280,11 +285,14 @@ class DPE(RelativeMap):
     name = 'dpe'
     def __post_init__(self):
         _checked(self, window=1, pairs=1)
+        check(isinstance(self.scales, (list, tuple)), f"scales are {self.scales!r}; give a list with one for every group of pairs.")
         object.__setattr__(self, 'scales', tuple(_integer(g, 'a scale') for g in self.scales))
         check(self.scales and self.pairs % len(self.scales) == 0, f"{len(self.scales)} scales cannot be shared out evenly among {self.pairs} pairs; use a number that divides {self.pairs}.")
         odd = [g for g in self.scales if self.window % g]
         check(not odd, f"scale {(odd or [0])[0]} does not divide window {self.window}, so that prefill and decoding of the released code would differ; use powers of two and a window that is a multiple of them.")
-        check(all(0 <= i < self.pairs for heads in self.keep or () for kept in heads for i in kept), f"`keep` names pairs that heads of {self.pairs} pairs do not have; use indices from 0 to {self.pairs - 1}.")
+        try: kept = [operator.index(i) for heads in self.keep or () for pairs in heads for i in pairs]
+        except TypeError: raise PoseError("`keep` must be lists of pairs, one per head in one per layer, or None.") from None
+        check(all(0 <= i < self.pairs for i in kept), f"`keep` names pairs that heads of {self.pairs} pairs do not have; use indices from 0 to {self.pairs - 1}.")
     def _groups(self, layer):
         "G of every pair: (pairs,), or (heads, 1, pairs) where heads differ."
         G = torch.tensor(self.scales).repeat_interleave(self.pairs // len(self.scales))
@@ -298,6 +306,14 @@ class DPE(RelativeMap):
         return [near_keys(w), far_keys(w, lambda m: lead(m) + (w - w // G).to(m.device), lead)]
     def reach(self, window): return None
 
+# %% ../nbs/09_relative.ipynb #b6515593
+def describe_map(
+    rel:RelativeMap, # A map
+)->str: # Such as "group 8, window 1024"
+    "Its settings in words, those left out that change nothing."
+    said = [f"{k} {' '.join(map(str, v)) if isinstance(v, tuple) else f'{v:g}'}" for k, v in asdict(rel).items() if v is not None and k != 'keep' and (k, v) != ('attention_factor', 1)]
+    return ', '.join(said + ['key pairs only'] * (getattr(rel, 'keep', None) is not None))
+
 # %% ../nbs/09_relative.ipynb #1971270f
 @dataclass(frozen=True)
 class Rotation:
@@ -306,6 +322,12 @@ class Rotation:
     factor:float        # Factor on cos and sin, as YaRN has it
     pair:torch.Tensor   # int64, (channels,): which pair a channel belongs to
     turn:object         # x -> x after a quarter turn
+
+@dataclass(frozen=True)
+class _QuarterTurn:
+    partner:torch.Tensor # int64, (channels,): whose place each channel takes
+    sign:torch.Tensor    # (channels,): and with which sign
+    def __call__(self, x): return x.index_select(-1, self.partner.to(x.device)) * self.sign.to(x)
 
 def ask_rotation(
     rotary,      # A rotary module of a transformers model
@@ -320,12 +342,11 @@ def ask_rotation(
     after = apply(unit[None, None], unit[None, None], cos, sin)[0][0, 0]            # what becomes of each channel after one step
     angle = torch.atan2((after * (1 - unit)).norm(dim=1), after.diagonal())
     inv_freq = getattr(rotary, f'{kind}_inv_freq' if kind else 'inv_freq').float()
-    pair = (angle[:, None] - inv_freq[None]).abs().argmin(1)
     quarter = apply(unit[None, None], unit[None, None], torch.zeros_like(cos), torch.ones_like(cos))[0][0, 0]
-    partner = quarter.abs().argmax(0)                                               # whose place each channel takes, and with which sign
-    sign = quarter.gather(0, partner[None])[0]
-    turn = lambda x: x.index_select(-1, partner.to(x.device)) * sign.to(x)
-    return Rotation(inv_freq[pair], after[0].norm().item(), pair, turn)
+    partner = quarter.abs().argmax(0)
+    first, pair = torch.minimum(partner, torch.arange(len(partner), device=device)).unique(return_inverse=True)     # pairs in the order of their first channels,
+    if not torch.allclose(angle[first], inv_freq, atol=1e-4): pair = (angle[:, None] - inv_freq[None]).abs().argmin(1) # or else found by their angle
+    return Rotation(inv_freq[pair], after[0].norm().item(), pair, _QuarterTurn(partner, quarter.gather(0, partner[None])[0]))
 
 def turned_by(
     positions:torch.Tensor, # Any shape; whole or fractional
@@ -433,7 +454,8 @@ def _places(position_ids, attention_mask, queries, keys):
     n = visible.cumsum(1) - 1
     m, real, places = n[:, -queries:], visible[:, -queries:], torch.arange(n.shape[1], device=n.device)[-queries:]
     fits = lambda p: ((position_ids == p) | ~real).all(1)
-    check(position_ids.dim() == 2 and bool((fits(m) | fits(places)).all()), "a relative map decides how far apart tokens seem, so position_ids must count the tokens of each text from 0, cached ones included; leave them away, or take the map out.")
+    whole = (visible & ~torch.nn.functional.pad(visible[:, :-1], (1, 0))).sum(1) <= 1          # padding at the ends only: then places differ from counts by a constant
+    check(position_ids.dim() == 2 and bool((fits(m) | fits(places) & whole).all()), "a relative map decides how far apart tokens seem, so position_ids must count the tokens of each text from 0, cached ones included and padding left out; leave them away, pad at the ends only, or take the map out.")
     return m, n[:, -keys:], visible[:, -keys:]
 
 # %% ../nbs/09_relative.ipynb #0ffade69
@@ -442,6 +464,21 @@ class _Sliding(RelativeMap):
     "A layer that sees only its window needs no map."
     window:int
     def regions(self, layer=0): return [near_keys(self.window)]
+
+@dataclass
+class _InLayer:
+    "What a map leaves in an attention module."
+    rel:RelativeMap
+    rotation:Rotation
+    layer:int=0          # Number of this attention layer, from 0
+    reach:int=None       # Longest text that the map makes known, in tokens; None: no limit
+    before:object=None   # What is needed to take it out
+
+def _warn_beyond(state, tokens):
+    "Once per map, when a text is longer than the map can make known."
+    if state.reach is None or tokens <= state.reach or state.before.told: return
+    state.before.told = True
+    warnings.warn(f"{state.rel.name} with {describe_map(state.rel)} reaches {state.reach:,} tokens on this model's window, and {tokens:,} are read: farther keys are at distances that it was not trained on.")
 
 def relative_attention(
     module,                      # The attention module that asks
@@ -454,15 +491,18 @@ def relative_attention(
     **kwargs,                    # What other attention functions take
 )->tuple: # (output (batch, queries, heads, head_dim), None)
     "What transformers calls in place of its own attention. Positions are counted from the mask. Raises `PoseError` for others, for masks of another shape and for dropout."
+    state = getattr(module, 'relative', None)
+    check(state is not None, "this model shares its config object with one that has a relative map, which changed the attention of both; build each from a config of its own, such as copy.deepcopy(config).")
+    check(not kwargs.get('output_attentions'), "under a relative map the attention weights are never held in one piece; leave output_attentions away, or take the map out.")
     check(not kwargs.get('dropout'), "relative maps have no attention dropout; call model.eval(), or set attention_dropout to 0.")
     m, n, visible = _places(position_ids.to(query.device), attention_mask, query.shape[2], key.shape[2])
-    state = module.relative
+    if state.layer == 0: _warn_beyond(state, int(m.max()) + 1)
     rel = state.rel
     if sliding_window is not None: rel = _Sliding(sliding_window)
     sharp = torch.as_tensor(rel.sharpness(m), dtype=torch.float32, device=query.device).expand(m.shape)
     query, key = (query * sharp[:, None, :, None]).to(value.dtype), key.to(value.dtype)       # under autocast they may differ
     parts = {i: [] for i in range(0, query.shape[2], BLOCK)}
-    for region in rel.regions(module.layer_idx):
+    for region in rel.regions(state.layer):
         some = _stretch(region, m, n, visible)[0].nonzero()
         if not len(some): continue
         span = slice(int(some[0]), int(some[-1]) + 1)                        # a written token does not look at all keys in every region
@@ -475,10 +515,16 @@ def relative_attention(
 NAME = 'pose_nb_relative'
 AttentionInterface.register(NAME, relative_attention)
 
-def _padding(batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask=None, device=None, **kw):
+def _sees_ahead(mask_function, batch_size, first, total, device):
+    "Whether some token sees the one after it, as within an image or a prefix that is seen both ways."
+    b, at = torch.arange(batch_size, device=device)[:, None], torch.arange(first, total, device=device)[None]
+    return bool(torch.as_tensor(mask_function(b, torch.zeros_like(b), at[:, :-1], at[:, 1:])).any())
+
+def _padding(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function=None, attention_mask=None, device=None, **kw):
     "All that is left of a mask: bool, (batch, tokens so far), False for padding."
     total = int(q_offset) + q_length
     check(total == kv_length + kv_offset, "relative maps need a cache that grows with the text, such as DynamicCache, not one of fixed size.")
+    check(mask_function is None or not _sees_ahead(mask_function, batch_size, int(q_offset), total, device), "a relative map counts distances backwards, and here some tokens see later ones, as within an image or a prefix; give text alone, or take the map out.")
     if attention_mask is None: return torch.ones(batch_size, total, dtype=torch.bool, device=device)
     check(attention_mask.shape[-1] == total, f"attention_mask has {attention_mask.shape[-1]} columns for {total} tokens; pass one for every token, cached ones included.")
     return attention_mask
@@ -493,6 +539,13 @@ def _unrotated(module, args, kwargs, out):
     return torch.ones_like(out[0]), torch.zeros_like(out[1])
 
 # %% ../nbs/09_relative.ipynb #c65d5cd9
+def _text_attention(model, name=None):
+    "The attention code of the text model, perhaps exchanged; what a model has beside it, such as an eye, keeps its own."
+    config, text = model.config, model.config.get_text_config()
+    part = next((k for k in config.sub_configs if getattr(config, k, None) is text), None)
+    if name: model.set_attn_implementation({part: name} if part else name)
+    return text._attn_implementation
+
 def _left_by_map(model):
     "What is needed to take a map out, wherever it was put in: through a wrapper, or the model inside; None: there is no map."
     return next((m.relative.before for m in model.modules() if hasattr(getattr(m, 'relative', None), 'before')), None)
@@ -504,7 +557,7 @@ def clear_relative(
     before = _left_by_map(model)
     if before is None: return model
     for h in before.hooks: h.remove()
-    model.set_attn_implementation(before.attention)
+    _text_attention(model, before.attention)
     for a in before.attentions: del a.relative
     return model
 
@@ -533,10 +586,9 @@ def _put(model, rotary, attentions):
         kind = None if hasattr(rotary[0], 'inv_freq') else a.config.layer_types[a.layer_idx]
         if kind not in asked: asked[kind] = ask_rotation(rotary[0], a)
         kinds.append(kind)
-    before = SimpleNamespace(attention=model.config._attn_implementation, attentions=attentions, hooks=[m.register_forward_hook(_unrotated, with_kwargs=True) for m in rotary])
-    for a, kind in zip(attentions, kinds): a.relative = SimpleNamespace(rel=probe, rotation=asked[kind], before=before)
-    model.set_attn_implementation(NAME)
-    check(model.config._attn_implementation == NAME, f"{type(model).__name__} does not let its attention be exchanged; choose an architecture such as Llama, Mistral, Qwen2, Qwen3 or Gemma.")
+    before = SimpleNamespace(attention=_text_attention(model), told=False, attentions=attentions, hooks=[m.register_forward_hook(_unrotated, with_kwargs=True) for m in rotary])
+    for i, (a, kind) in enumerate(zip(attentions, kinds)): a.relative = _InLayer(probe, asked[kind], i, before=before)
+    check(_text_attention(model, NAME) == NAME, f"{type(model).__name__} does not let its attention be exchanged; choose an architecture such as Llama, Mistral, Qwen2, Qwen3 or Gemma.")
     off = ((_first_logits(model) - want).abs().max() / want.abs().max()).item()
     check(off < (.01 if want.dtype == torch.float32 else .15), f"{type(model).__name__} computes its attention in another way: a map that changes nothing changes its logits by {off:.2g} of their size; choose an architecture such as Llama, Mistral, Qwen2, Qwen3 or Gemma.")
     check(probe.asked, "every layer of this model looks back only as far as its sliding window, so that a relative map would change nothing; set sliding_window to None in its config first.")
@@ -549,11 +601,19 @@ def _check_fit(rel, model, attentions):
     check(rel.pairs == pairs, f"this DPE table is for heads of {rel.pairs} pairs, and the model's have {pairs}; use a table made for it.")
     check(rel.keep is None or (len(rel.keep) == len(attentions) and all(len(k) == heads for k in rel.keep)), f"this DPE table is for another number of layers or heads than the model's {len(attentions)} and {heads}; use a table made for it.")
 
+def _reach(model, rel):
+    "The longest text whose distances the model knows under a map; None: no limit."
+    window = getattr(model.config.get_text_config(), 'max_position_embeddings', None)
+    if window is None or type(rel) is RelativeMap: return None
+    try: return rel.reach(window)
+    except PoseError: return window                                # more than the window is near
+
 def set_relative(
     model,            # A transformers causal language model
     rel:RelativeMap,  # A map; None takes it out
 ): # The same model
     "Put a relative map into a model's attention. Raises `PoseError` for models that it cannot be put into."
+    check(isinstance(model, torch.nn.Module), f"a transformers model is expected, not {model!r}; load one with load_model.")
     check(rel is None or isinstance(rel, RelativeMap), f"a relative map is expected, not {rel!r}; pass one such as SelfExtend(8, 1024).")
     clear_relative(model)
     if rel is None: return model
@@ -568,7 +628,8 @@ def set_relative(
     except Exception as e:
         clear_relative(model)
         raise PoseError(f"{type(model).__name__} cannot take a relative map ({type(e).__name__}: {_first_line(e)}); choose an architecture such as Llama, Mistral, Qwen2, Qwen3 or Gemma.") from e
-    for a in attentions: a.relative.rel = rel
+    reach = _reach(model, rel)
+    for a in attentions: a.relative.rel, a.relative.reach = rel, reach
     return model
 
 # %% ../nbs/09_relative.ipynb #7b8e5b8c
@@ -591,18 +652,11 @@ def _power_of_two(reaches):
 def _near(window): return max(1, 2**int(math.log2(window)) // 2)
 
 RELATIVE = dict(self_extend=SelfExtend, rerope=ReRoPE, leaky_rerope=LeakyReRoPE, string=STRING, dca=DCA, lm_infinite=LMInfinite, dpe=DPE)
-_RULES = dict(self_extend=lambda L, T: dict(window=_near(L), group=_power_of_two(lambda G: _near(L) % G or SelfExtend(G, _near(L)).reach(L) >= T)),
+_RULES = dict(self_extend=lambda L, T: dict(window=_near(L), group=_power_of_two(lambda G: G >= _near(L) or SelfExtend(G, _near(L)).reach(L) >= T)),
               rerope=lambda L, T: dict(window=_near(L)),
               leaky_rerope=lambda L, T: dict(window=_near(L), factor=float(_power_of_two(lambda k: LeakyReRoPE(_near(L), float(k)).reach(L) >= T))),
               string=lambda L, T: dict(shift=max(1, L // 3), local=min(128, L // 12)),
               dca=lambda L, T: asdict(DCA.of(L)), lm_infinite=lambda L, T: dict(window=L), dpe=lambda L, T: dict(window=_near(L)))
-
-def describe_map(
-    rel:RelativeMap, # A map
-)->str: # Such as "group 8, window 1024"
-    "Its settings in words, those left out that change nothing."
-    said = [f"{k} {' '.join(map(str, v)) if isinstance(v, tuple) else f'{v:g}'}" for k, v in asdict(rel).items() if v is not None and k != 'keep' and (k, v) != ('attention_factor', 1)]
-    return ', '.join(said + ['key pairs only'] * (getattr(rel, 'keep', None) is not None))
 
 def check_reach(
     rel:RelativeMap, # A map
@@ -613,22 +667,36 @@ def check_reach(
     reach = rel.reach(window) or math.inf
     check(length <= reach, f"{rel.name} with {describe_map(rel)} reaches {reach:,} tokens on a window of {window:,}, and {length:,} are asked for; use other settings, or lengths up to {reach:,}.")
 
+def _dpe_from(model, source, other_weights=False, **more):
+    "A table by path, or a published one by name."
+    from pose_nb.dpe import find_dpe                       # that page builds on this one
+    check(not more, f"a table of dpe brings all its settings, '{next(iter(more), '')}' too; leave out 'source', or everything else but 'other_weights'.")
+    check(isinstance(source, (str, Path)), f"source is {source!r}; give the path of a dpe.json or the name of a published table.")
+    return find_dpe(source, model, other_weights)
+
 def get_relative(
     name:str,        # self_extend, rerope, leaky_rerope, string, dca, lm_infinite or dpe
     window:int,      # Window that the model knows, in tokens
     length:int,      # Length it shall read, in tokens
-    /, **settings,      # Fields of the map, which take the place of the rules
+    /, model=None,   # Checkpoint folder or hub id, a `Subject` or a transformers model that a table of DPE must fit; None: not checked
+    **settings,      # Fields of the map, which take the place of the rules; for dca also `variant`, for dpe `source` instead
 )->RelativeMap:
     "A map by name. Raises `PoseError` for unknown names and settings, and for a length beyond its reach."
     cls = choose(name, RELATIVE, 'relative map')
+    if cls is DPE and 'source' in settings: return _dpe_from(model, **settings)
+    if cls is DCA and 'variant' in settings: settings = asdict(DCA.of(window, settings.pop('variant'))) | settings
     known = [f.name for f in fields(cls)]
     check(settings.keys() <= set(known), f"{cls.name} has no setting '{next((k for k in settings if k not in known), '')}'; it has {', '.join(known)}.")
-    check(cls is not DPE or 'scales' in settings, "dpe needs a scale for every group of pairs; find them with pose_nb detect, or take a published table.")
+    check(cls is not DPE or 'scales' in settings, "dpe needs its scales; name the dpe.json of pose_nb detect or a published table as 'source' (--relative-kwargs '{\"source\": ...}'), or give 'scales' and 'pairs'.")
     rel = cls(**_RULES[cls.name](window, length) | settings)
     check_reach(rel, window, length)
     return rel
 
 # %% ../nbs/09_relative.ipynb #fb974c25
+def _read_prompt(file):
+    try: return Path(file).read_text(encoding='utf-8')
+    except UnicodeDecodeError: raise PoseError(f"{file} is not text in UTF-8; convert it, or name another file.") from None
+
 def generate(
     model,                        # Checkpoint folder or hub id
     prompt_file:str=None,         # Text file with the prompt
@@ -648,16 +716,17 @@ def generate(
     check(0 <= temperature < 100, f"temperature is {temperature}; use 0, or a number such as 0.7.")
     check(relative or not relative_kwargs, "relative_kwargs are settings of a relative map; name it with --relative.")
     tok = load_tokenizer(model, trust_remote_code)
-    ids = tok(prompt if prompt_file is None else Path(prompt_file).read_text(encoding='utf-8'), return_tensors='pt', verbose=False)['input_ids']
+    ids = tok(_read_prompt(prompt_file) if prompt is None else prompt, return_tensors='pt', verbose=False)['input_ids']
     check(ids.numel() > 0, "the prompt is empty; give it some text.")
-    total = ids.shape[1] + _integer(max_new_tokens, 'max_new_tokens')
-    net = load_model(model, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code)
-    length = rope_info(net).length
-    rel = get_relative(relative, length, total, **relative_kwargs or {}) if relative else None
+    total, chunk = ids.shape[1] + _integer(max_new_tokens, 'max_new_tokens'), _integer(chunk, 'chunk')
+    length = rope_info(skeleton(load_config(model, trust_remote_code))).length                 # all this before the weights are read
+    rel = get_relative(relative, length, total, model=model, **relative_kwargs or {}) if relative else None
     if rel is None and total > length: warnings.warn(f"{total:,} tokens are beyond the {length:,} that this model claims; choose a map with --relative.")
+    net = load_model(model, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code)
+    if rel: net.generation_config.cache_implementation = None                                  # one that grows with the text
     set_seed(seed)
     drawn = dict(do_sample=True, temperature=temperature) if temperature else dict(do_sample=False, temperature=None, top_p=None, top_k=None)
     set_relative(net, rel)
-    out = net.generate(ids.to(net.device), attention_mask=torch.ones_like(ids).to(net.device), max_new_tokens=max_new_tokens, prefill_chunk_size=_integer(chunk, 'chunk'),
+    out = net.generate(ids.to(net.device), attention_mask=torch.ones_like(ids).to(net.device), max_new_tokens=max_new_tokens, prefill_chunk_size=chunk,
                        pad_token_id=tok.pad_token_id if tok.pad_token_id is not None else tok.eos_token_id, **drawn)[0, ids.shape[1]:]
     return dict(text=tok.decode(out, skip_special_tokens=True), prompt_tokens=ids.shape[1], new_tokens=len(out), relative=None if rel is None else dict(name=rel.name) | asdict(rel))

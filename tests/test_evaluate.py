@@ -274,6 +274,9 @@ def test_an_interruption_says_what_was_kept(model, cli, monkeypatch):
     shutil.rmtree(model/'eval')
     r = cli('eval', 'passkey', model, '--lengths', '240,260', '--trials', '1', '--no-progress')
     assert r.code == 130 and 'nothing was saved' in r.err
+    ran.clear()
+    r = cli('detect', model, '--target', '300', '--task', 'passkey', '--groups', '2', '--candidates', '1,2', '--trials', '1', '--no-progress')
+    assert r.code == 130 and 'what was measured is kept; the same command goes on' in r.err
 
 
 def test_shots_and_tokenizers_that_the_harness_cannot_use(model, tmp_path, cli):
@@ -350,6 +353,43 @@ def test_generate_writes_what_the_model_would(model, cli, tmp_path):
     for words, says in (([], 'either --prompt-file or --prompt'), (['--prompt-file', 'no.txt'], 'no.txt'), (['--prompt', 'a', '--temperature', '-1'], 'temperature'), (['--prompt', 'a', '--max-new-tokens', '0'], 'max_new_tokens')):
         r = cli('generate', model, *words)
         assert r.code == 2 and says in r.err and 'Traceback' not in r.err
+
+
+def test_generate_takes_the_scales_that_detect_found(model, other, cli, tmp_path):
+    how = ('--groups', '2', '--candidates', '1,2', '--trials', '1', '--no-progress')
+    r = cli('detect', model, '--target', '300', '--task', 'passkey', '--output-dir', tmp_path/'found', *how)
+    assert r.code == 0, r.err
+    table = json.dumps(dict(source=str(tmp_path/'found'/'dpe.json')))
+    words = ('--prompt', 'the sea', '--max-new-tokens', '4', '--json', '--relative')
+    def said(r):
+        assert r.code == 0, r.err
+        return json.loads(r.out)
+    one, two = (said(cli('generate', model, *words, 'DPE', '--relative-kwargs', k))['relative'] for k in (table, '{"scales": [1, 2], "pairs": 8, "window": 8}'))
+    assert one['name'] == two['name'] == 'dpe' and len(one['scales']) == 2 and one['pairs'] == 8
+    report = said(cli('eval', 'passkey', model, '--lengths', '240', '--trials', '1', '--relative', 'DPE', '--relative-kwargs', table, '--json', '--no-progress'))
+    assert report['name'] == 'passkey-dpe' and list(report['models']) == ['model+dpe'] and report['relative']['scales'] == one['scales']
+    for words_, says in (([other, *words, 'dpe', '--relative-kwargs', table], 'other_weights'), ([model, *words, 'dpe', '--relative-kwargs', table[:-1] + ', "window": 7}'], "'window' too"),
+                         ([model, *words, 'dpe', '--relative-kwargs', '{"source": 5}'], 'source is 5'), ([model, *words, 'leaky_rerope', '--relative-kwargs', '{"factor": "x"}'], "factor is 'x'"),
+                         ([model, *words, 'string', '--relative-kwargs', '{"attention_factor": "x"}'], "attention_factor is 'x'"), ([model, *words, 'dpe', '--relative-kwargs', '{"scales": 4, "pairs": 8}'], 'scales are 4')):
+        r = cli('generate', *words_)
+        assert r.code == 2 and says in r.err and 'Traceback' not in r.err, (says, r.err)
+    assert cli('generate', other, *words, 'dpe', '--relative-kwargs', table[:-1] + ', "other_weights": true}').code == 0
+
+
+def test_generate_refuses_before_the_weights_are_read(model, cli, tmp_path, monkeypatch):
+    (tmp_path/'p.txt').write_bytes(b'\xff\xfe')
+    monkeypatch.setattr('pose_nb.relative.load_model', lambda *a, **kw: pytest.fail('the weights were read'))
+    for words, says in ((['--prompt-file', tmp_path/'p.txt'], 'not text in UTF-8'), (['--prompt', 'a', '--relative', 'rerop'], 'unknown relative map'), (['--prompt', 'a', '--chunk', '0'], 'chunk'),
+                        (['--prompt', 'a', '--relative', 'self_extend', '--max-new-tokens', '100k'], 'or lengths up to')):
+        r = cli('generate', model, *words)
+        assert r.code == 2 and says in r.err and 'Traceback' not in r.err, (says, r.err)
+
+
+def test_generate_under_a_map_does_not_take_a_fixed_cache(model, cli):
+    config = json.loads((model/'generation_config.json').read_text()) if (model/'generation_config.json').exists() else {}
+    (model/'generation_config.json').write_text(json.dumps(config | dict(cache_implementation='static')))
+    r = cli('generate', model, '--prompt', 'the sea', '--max-new-tokens', '4', '--relative', 'rerope')
+    assert r.code == 0, r.err
 
 
 def test_the_card_has_every_result_and_every_difference(cli, checkpoint, tmp_path):

@@ -5,7 +5,7 @@
 Times are medians of interleaved repeats (A B C A B C ...), so that a machine whose speed drifts slows all of them alike.
 Peak memory is that of a fresh process per configuration, less the same process before its first step.
 """
-import argparse, json, os, random, statistics, subprocess, sys, time
+import argparse, itertools, json, os, random, statistics, subprocess, sys, time
 from pathlib import Path
 
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
@@ -75,6 +75,14 @@ def peak_above(f, repeats=2):
         Path('/proc/self/clear_refs').write_text('5'); start = proc_status('VmRSS')   # 5 resets the high-water mark
     for _ in range(repeats): f()
     return (torch.cuda.max_memory_allocated() / 2**20 if CUDA else proc_status('VmHWM')) - start
+
+
+def peak_of_tensors(f):
+    "Most bytes of all tensors together while `f` runs, above what was held before: counted by torch, so that it does not depend on what the C library keeps."
+    from torch.profiler import ProfilerActivity, profile
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p: f()
+    events = sorted((e.start_ns(), e.nbytes()) for e in p.profiler.kineto_results.events() if e.name() == '[memory]')
+    return max(itertools.accumulate(b for _, b in events))
 
 
 def peak_step(kind, multiple):
@@ -340,18 +348,17 @@ def reader_and_writer(kind, length):
 
 
 def bench_relative(repeats):
-    "Relative maps against plain attention: time of reading a text and of writing a token behind it, and peak memory of reading."
+    "Relative maps against plain attention: time of reading a text and of writing a token behind it, and peak memory of reading (all tensors)."
     kinds, rows = ('none', 'self_extend', 'rerope', 'leaky_rerope', 'dca', 'lm_infinite', 'dpe'), []
     for length in (2048, 8192):
         made = {k: reader_and_writer(k, length) for k in kinds}
         read, write = interleaved({k: f[0] for k, f in made.items()}, repeats), interleaved({k: f[1] for k, f in made.items()}, 5 * repeats)
-        peak = {k: peak_of(f'relative-{length}', k) for k in kinds}
+        peak = {k: peak_of_tensors(f[0]) / 2**20 for k, f in made.items()}
         rows += [dict(map=k, length=length, reading=paired_ratio(read[k], read['none']), writing=paired_ratio(write[k], write['none']), memory=peak[k] / peak['none'], memory_mib=peak[k]) for k in kinds[1:]]
     return rows
 
 
 def peak_of_words(what, kind):
-    if what.startswith('relative'): return peak_above(reader_and_writer(kind, int(what.split('-')[1]))[0], 1)
     if what.startswith('loss'): return peak_loss(kind, vocab=int(what.split('-')[1]))
     if what == 'loop': globals()['VOCAB'] = 32_000; data = small_data(); LOOPS[kind](data, 1); return peak_above(lambda: LOOPS[kind](data, 4), 1)
     if what == 'perplexity': return peak_perplexity(kind)

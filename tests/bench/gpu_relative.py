@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np, torch, torch.nn.functional as F
 
 from pose_nb.common import environment
-from pose_nb.relative import DPE, RelativeMap, Rotation, dense_attention, get_relative, relative_attention, rotate_to
+from pose_nb.relative import _InLayer, DPE, RelativeMap, Rotation, dense_attention, get_relative, relative_attention, rotate_to
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 
@@ -44,7 +44,7 @@ def measure(length, window, heads, kv_heads, repeats):
     plain = lambda: F.scaled_dot_product_attention(*turned, v, is_causal=True, enable_gqa=True).transpose(1, 2)
     written = lambda: F.scaled_dot_product_attention(turned[0][:, :, -1:], turned[1], v, enable_gqa=True)
     for rel in maps(window, length):
-        module = SimpleNamespace(relative=SimpleNamespace(rel=rel, rotation=r), layer_idx=0)
+        module = SimpleNamespace(relative=_InLayer(rel, r))
         read = lambda n: relative_attention(module, q[:, :, -n:], k, v, None, d**-.5, at[:, -n:])[0]
         read(length), plain()                                                                   # warm up
         pairs = [(clock(plain), clock(lambda: read(length)), clock(written), clock(lambda: read(1))) for _ in range(repeats)]
