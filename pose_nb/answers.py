@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['FAMILY', 'Z', 'Prompt', 'share_found', 'follow', 'continuation', 'Task', 'trial_rng', 'make_trials', 'prefill',
-           'continue_greedy', 'score_answers', 'shared_start', 'Trunk', 'stack_caches', 'make_batches', 'answer_batch',
-           'answer', 'Reader', 'wilson', 'AnswerRow', 'answer_row', 'Answers', 'reach', 'retrieve', 'depth_plot']
+           'continue_greedy', 'score_answers', 'score_afresh', 'shared_start', 'Trunk', 'stack_caches', 'make_batches',
+           'answer_batch', 'answer', 'Reader', 'wilson', 'pooled_interval', 'AnswerRow', 'answer_row', 'Answers',
+           'reach', 'retrieve', 'depth_plot']
 
 # %% ../nbs/08a_answers.ipynb #1597fc33
 import copy, math, re
@@ -177,6 +178,20 @@ def score_answers(
     nll = F.cross_entropy(logits.transpose(1, 2), ids, reduction='none').cpu().double() * mask.cpu()
     return nll.sum(1) / mask.sum(1).cpu(), ((logits.argmax(-1) == ids) | ~mask).all(1).cpu()
 
+# %% ../nbs/08a_answers.ipynb #16dedc2a
+def score_afresh(
+    model,        # A Hugging Face causal language model
+    prompts:list, # `Prompt`s
+)->tuple: # As `score_answers`
+    "Score each answer in one pass over prompt and answer, for models whose frequencies change with the length read."
+    nll, forced = [], []
+    for p in prompts:
+        _forget_lengths(model)
+        row = torch.tensor([p.ids + p.answer], device=next(model.parameters()).device)
+        logits, want = _read(model, row, 0, DynamicCache(config=model.config), keep=len(p.answer) + 1)[0, :-1], row[0, -len(p.answer):]
+        nll.append(F.cross_entropy(logits, want).item()); forced.append((logits.argmax(-1) == want).all().item())
+    return torch.tensor(nll, dtype=torch.float64), torch.tensor(forced)
+
 # %% ../nbs/08a_answers.ipynb #f2f2038f
 def shared_start(
     a:list, # Token ids
@@ -257,9 +272,12 @@ def answer_batch(
         if not (alone and _plain(trunk.cache)): caches.append(copy.deepcopy(trunk.cache))
     logits, cache = torch.cat(logits), stack_caches(caches) if caches else trunk.cache
     check(torch.isfinite(logits).all().item(), f"the model's logits are not finite numbers at {n} tokens; load it in bfloat16 or float32, and check its weights.")
-    nll, forced = score_answers(model, logits, n, cache, [p.answer for p in prompts])
+    follows = _length_dependent(model.config)                 # then writing must begin where reading ended, and scores are taken apart
+    if not follows: nll, forced = score_answers(model, logits, n, cache, [p.answer for p in prompts])
     watch, out = _Watch(task, prompts, tokenizer, _ends(model, tokenizer)), []
-    for p, row, at, x, f in zip(prompts, continue_greedy(model, logits, n, cache, task.new_tokens, watch).tolist(), watch.at, nll.tolist(), forced.tolist()):
+    written = continue_greedy(model, logits, n, cache, task.new_tokens, watch).tolist()
+    if follows: nll, forced = score_afresh(model, prompts)
+    for p, row, at, x, f in zip(prompts, written, watch.at, nll.tolist(), forced.tolist()):
         reply = watch.text(row[:at])
         out.append(dict(reply=reply, written=at or len(row), mark=float(task.mark(reply, p)), nll=x, probability=math.exp(-x * len(p.answer)), forced=f, **p.facts))
     return out
@@ -305,7 +323,9 @@ class Reader(torch.nn.Module):
         super().__init__()
         self.tokenizer, self.reply, self.question, self.window = tokenizer, reply, question, window
         self.config, self.unused = LlamaConfig(vocab_size=len(tokenizer), num_hidden_layers=1), torch.nn.Parameter(torch.zeros(1))    # the parameter gives it a device
-    def get_input_embeddings(self): return SimpleNamespace(num_embeddings=len(self.tokenizer))
+    def get_input_embeddings(self):
+        "Only how many tokens it knows."
+        return SimpleNamespace(num_embeddings=len(self.tokenizer))
     def _next(self, ids):
         "The token that follows."
         text, asked, written = self.tokenizer.decode(ids), *self.tokenizer.decode(ids).rpartition(self.question)[1:]
@@ -314,6 +334,7 @@ class Reader(torch.nn.Module):
         said = self.tokenizer(self.reply(self.tokenizer.decode(ids[max(0, prompt - self.window):prompt] if self.window else ids[:prompt])), add_special_tokens=False)['input_ids']
         return (said + [self.tokenizer.eos_token_id] * (len(ids) - prompt + 1))[len(ids) - prompt]
     def forward(self, input_ids, past_key_values, logits_to_keep=0, **kw):
+        "Logits that are 9 for the next token of the reply and 0 for others."
         keys = input_ids[:, None, :, None].double()                  # the tokens themselves are its keys, so that they are cut and stacked as a model's are
         seen = past_key_values.update(keys, keys, 0)[0][:, 0, :, 0].long().tolist()
         at = range(len(seen[0]) - (logits_to_keep or input_ids.shape[1]), len(seen[0]))
@@ -333,6 +354,19 @@ def wilson(
     p, z2 = correct / trials, Z**2 / trials
     half = Z * math.sqrt(p * (1 - p) / trials + z2 / (4 * trials))
     return max(0., (p + z2 / 2 - half) / (1 + z2)), min(1., (p + z2 / 2 + half) / (1 + z2))
+
+# %% ../nbs/08a_answers.ipynb #eb1db797
+def pooled_interval(
+    marks:list,     # Marks in [0, 1], one per trial
+    questions:list, # Which question each belongs to
+)->tuple: # (low, high), 95%
+    "Wilson's interval for a mean of marks where several trials ask one question: they count as fewer trials, the more alike they are (Kish's design effect), but at least as one per question."
+    marks, groups = np.asarray(marks, float), {}
+    for q, mark in zip(questions, marks): groups.setdefault(q, []).append(mark)
+    total, p, k, spread = float(marks.sum()), float(marks.mean()), len(groups), np.var([np.mean(g) for g in groups.values()], ddof=1) / len(groups) if len(groups) > 1 else 0.
+    alike = p in (0, 1) or k == 1                             # nothing tells trials of one question apart
+    n = k if alike else min(max(p * (1 - p) / spread, k), len(marks)) if spread else len(marks)
+    return wilson(total * n / len(marks), float(n))
 
 # %% ../nbs/08a_answers.ipynb #e18508ac
 @dataclass(frozen=True)
@@ -386,8 +420,8 @@ class Answers:
         return {n: float(c / t) for n, (c, t) in self._pooled().items()}
     @property
     def intervals(self):
-        "Wilson's 95% interval of the accuracy, by length."
-        return {n: wilson(c, t) for n, (c, t) in self._pooled().items()}
+        "The 95% interval of the accuracy, by length (`pooled_interval`: depths of one trial ask the same question)."
+        return {n: pooled_interval(*zip(*((t['mark'], t['trial']) for t in self.trials if t['length'] == n))) for n in self.accuracy}
     def reach(self, at_least:float=.2):
         "The longest length up to which accuracy is at least `at_least` everywhere; 0 if nowhere."
         return reach(self.accuracy, at_least)

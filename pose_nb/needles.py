@@ -124,7 +124,9 @@ class Needle(Task):
         check('{value}' in self.fact, "the fact to hide has no {value}, so there is nothing to find; write {value} where it belongs.")
         check(not n or self.value is None and '{key}' in self.fact and '{key}' in self.question, "distractors differ by their key and number; write {key} in fact and question, and leave value out.")
         check(self.wanted + n <= 9 * 10**(self.digits - 1), f"there are too few numbers of {self.digits} digits for {self.wanted + n} facts; use more digits.")
-    def protocol(self)->dict: return dict(task=self.name) | {f.name: getattr(self, f.name) for f in fields(self)} | dict(haystack=self.haystack.protocol())
+    def protocol(self)->dict:
+        "The settings of the task; of the haystack what tells it from others."
+        return dict(task=self.name) | {f.name: getattr(self, f.name) for f in fields(self)} | dict(haystack=self.haystack.protocol())
 
 # %% ../nbs/08c_needles.ipynb #f1994eb9
 @patch
@@ -215,8 +217,12 @@ class MultiNeedle(Needle):
         check(n > 1 or self.criterion != 'two', "criterion 'two' needs at least 2 needles; use more, or 'any'.")
         check(self.value is None, "several needles are numbers; leave value out.")
         super().__post_init__()
-    def mark(self, reply, prompt): return CRITERIA[self.criterion](count_found(reply, prompt.references), self.needles)
-    def finished(self, reply, prompt): return self.mark(re.sub(r'\d+$', '', reply), prompt) == 1       # a number that may still grow does not count yet
+    def mark(self, reply, prompt):
+        "The mark by the criterion."
+        return CRITERIA[self.criterion](count_found(reply, prompt.references), self.needles)
+    def finished(self, reply, prompt):
+        "Whether nothing can be added; a number that may still grow does not count yet."
+        return self.mark(re.sub(r'\d+$', '', reply), prompt) == 1       # a number that may still grow does not count yet
 
 # %% ../nbs/08c_needles.ipynb #433de75f
 def by_criterion(
@@ -317,7 +323,9 @@ class Lines(_Records):
         "1 if the number that counts is right."
         found = re.findall(r'\d+', reply)
         return float(bool(found) and int(found[0 if self.number == 'first' else -1]) == int(prompt.references[0]))
-    def finished(self, reply, prompt): return self.number == 'first' and bool(re.search(r'\d\D', reply))
+    def finished(self, reply, prompt):
+        "Whether the first number has ended, if that is the one that counts."
+        return self.number == 'first' and bool(re.search(r'\d\D', reply))
 
 # %% ../nbs/08c_needles.ipynb #2db8c627
 GOLD = {75: (0, 18, 37, 54, 74), 140: (0, 34, 69, 104, 139)}    # places of the pair that is asked for, in CREAM's evaluation
@@ -351,7 +359,9 @@ class KeyValue(_Records):
         parts = ('Extract the value corresponding to the specified key in the JSON object below.\n\nJSON data:\n', '{"{key}": "{value}",\n', ' "{key}": "{value}",\n', ' "{key}": "{value}"}\n\nKey',
                  ': "{key}"\nCorresponding value:', ' "{value}')
         return self._around(tokenizer, length, depth, rng.random(), bos, codes[::2], codes[1::2], parts, self.pairs)
-    def mark(self, reply, prompt): return float(normalised(prompt.references[0]) in normalised(reply))
+    def mark(self, reply, prompt):
+        "1 if the value is in the reply, punctuation and case aside."
+        return float(normalised(prompt.references[0]) in normalised(reply))
 
 # %% ../nbs/08c_needles.ipynb #8079321d
 def pairs_length(

@@ -310,6 +310,16 @@ def _long_enough(documents, longest, bos, keep_short):
     check(kept, f"no document fills the longest length {longest}: the longest has {top} tokens{' and BOS' if head else ''}; use lengths up to {top + head}, longer documents, or keep_short=True.")
     return kept, len(documents) - len(kept)
 
+def _strides(lengths, stride, max_tokens, head):
+    "Tokens that the window of each length moves; what cannot be measured is refused."
+    out = [max(1, n // 2) if stride is None else _integer(stride, 'stride') for n in lengths]
+    for n, s in zip(lengths, out): check(s <= n - head, f"stride {s} is longer than the {n - head} tokens of a document in a window of length {n}; use at most {n - head}.")
+    check(max_tokens is None or _integer(max_tokens, 'max_tokens') + head >= lengths[-1], f"max_tokens {max_tokens} is shorter than the longest length {lengths[-1]}; raise it to {lengths[-1] - head}.")
+    return out
+
+def _check_last(last, lengths):
+    check(_integer(last, 'last') < lengths[0], f"the shortest length {lengths[0]} cannot hold {last} scored tokens and something before them; use last below {lengths[0]}.")
+
 def _row(token_nll, **protocol):
     "A `PerplexityRow` from the NLL of each token."
     counts = np.array([np.isfinite(t).sum() for t in token_nll])
@@ -335,12 +345,8 @@ def perplexity(
     "Sliding-window perplexity, token-weighted in float64 (Press et al. 2021; PoSE `eval_ppl.py`). Raises `PoseError` for documents or lengths that cannot be measured."
     bos, lengths = bos_of(model, bos), check_lengths(lengths)
     head, chunk = int(bos is not None), tokens_per_forward(model, chunk)
-    strides = [max(1, n // 2) if stride is None else _integer(stride, 'stride') for n in lengths]
-    for n, s in zip(lengths, strides): check(s <= n - head, f"stride {s} is longer than the {n - head} tokens of a document in a window of length {n}; use at most {n - head}.")
-    documents = _as_documents(documents, model, bos)
-    if max_tokens is not None:
-        check(_integer(max_tokens, 'max_tokens') + head >= lengths[-1], f"max_tokens {max_tokens} is shorter than the longest length {lengths[-1]}; raise it to {lengths[-1] - head}.")
-        documents = [d[:max_tokens] for d in documents]
+    strides = _strides(lengths, stride, max_tokens, head)
+    documents = [d[:max_tokens] for d in _as_documents(documents, model, bos)]
     documents, excluded = _long_enough(documents, lengths[-1], bos, keep_short)
     plans = [[(i, *w) for i, d in enumerate(documents) for w in windows(len(d), n - head, s)] for n, s in zip(lengths, strides)]
     nlls = _measure(model, documents, plans, bos, chunk, 'perplexity', progress, shared)
@@ -440,7 +446,7 @@ def context_perplexity(
     "Perplexity of each document's last tokens, read with more and more context. Raises `PoseError` for documents or lengths that cannot be measured."
     bos, last = bos_of(model, bos), _integer(last, 'last')
     lengths, head, chunk = check_lengths(lengths), int(bos is not None), tokens_per_forward(model, chunk)
-    check(last < lengths[0], f"the shortest length {lengths[0]} cannot hold {last} scored tokens and something before them; use last below {lengths[0]}.")
+    _check_last(last, lengths)
     documents, excluded = _long_enough(_as_documents(documents, model, bos), lengths[-1], bos, False)
     plans = [[(i, len(d) - n + head, len(d), last) for i, d in enumerate(documents)] for n in lengths]
     nlls = _measure(model, documents, plans, bos, chunk, f'last {last} tokens', progress, shared)

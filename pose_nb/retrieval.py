@@ -115,13 +115,18 @@ class Passkey(Task):
         "Tokens of the shortest prompt and reply."
         return len(_encode(tokenizer, passkey_text(50_000 if self.digits is None else 10**self.digits - 1, '', ''))) + (bos is not None) + self.new_tokens
     def prompt(self, tokenizer, length, depth, rng, bos):
+        "A prompt of at most `length - new_tokens` tokens. Raises `PoseError` if that is too short."
         least = self.least(tokenizer, bos)
         check(length >= least, f"length {length} is too short for the passkey test: with this tokenizer the fixed parts and {self.new_tokens} new tokens take {least}; use lengths of at least {least}.")
         key, u = draw_key(rng, self.digits), rng.random()
         p = passkey_prompt(tokenizer, length - self.new_tokens, key, u if depth is None else depth, bos, uniform=depth is None)
         return Prompt(p.ids, p.answer, [str(key)], dict(key=key, units=p.units, before=p.before))
-    def mark(self, reply, prompt): return float(first_number(reply) == prompt.facts['key'])
-    def finished(self, reply, prompt): return bool(re.search(r'\d\D', reply))
+    def mark(self, reply, prompt):
+        "1 if the first number of the reply is the key."
+        return float(first_number(reply) == prompt.facts['key'])
+    def finished(self, reply, prompt):
+        "Whether a number has ended."
+        return bool(re.search(r'\d\D', reply))
 
 # %% ../nbs/08_retrieval.ipynb #119e89ff
 def passkey(

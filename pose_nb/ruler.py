@@ -93,6 +93,7 @@ class RulerTask(Task):
         "Tokens that a prompt may have."
         return length - self.new_tokens
     def prompt(self, tokenizer, length, depth, rng, bos):
+        "The longest prompt of at most `budget(length)` tokens. Raises `PoseError` if that is too short, or if nothing is left to fill it with."
         draft, head, made = self.builder(tokenizer, length, depth, int(rng.integers(2**62))), [] if bos is None else [bos], {}
         def ids(units):
             if units not in made:
@@ -110,8 +111,12 @@ class RulerTask(Task):
         if most is None or n < most or self.official: return
         unit = (len(ids(n)) - len(ids(least))) / max(1, n - least)
         check(len(ids(n)) + 2 * unit + 1 >= self.budget(length), f"'{self.name}' has only {most} units to fill a prompt with, which make {len(ids(n))} tokens of the {self.budget(length)} there are; give it more, or use a shorter length.")
-    def mark(self, reply, prompt): return sum(found(tidy(reply), r, self.official) for r in prompt.references) / len(prompt.references)
-    def finished(self, reply, prompt): return all(found(tidy(reply), r, self.official, closed=True) for r in prompt.references)
+    def mark(self, reply, prompt):
+        "The share of the references found in the reply, by RULER's rule if `official`."
+        return sum(found(tidy(reply), r, self.official) for r in prompt.references) / len(prompt.references)
+    def finished(self, reply, prompt):
+        "Whether all references are there, and ended."
+        return all(found(tidy(reply), r, self.official, closed=True) for r in prompt.references)
     def protocol(self):
         "Settings; a long text or list is told by its size."
         short = lambda v: f'{len(v):,} {"characters" if isinstance(v, str) else "words"}' if isinstance(v, (str, tuple, list)) and len(v) > 200 else v
@@ -479,8 +484,12 @@ class QA(RulerTask):
             context = '\n\n'.join(f'Document {i}:\n{docs[d]}' for i, d in enumerate(chosen, 1))
             return Draft(QA_TASK.format(context=context, query=query), QA_PREFIX, ' ' + references[0], references, dict(units=k, place=chosen.index(own[0]) / max(1, k - 1)))
         return draft
-    def mark(self, reply, prompt): return super().mark(reply, prompt) if self.metric == 'mean' else float(any(found(tidy(reply), r, self.official) for r in prompt.references))
-    def finished(self, reply, prompt): return super().finished(reply, prompt) if self.metric == 'mean' else any(found(tidy(reply), r, self.official, closed=True) for r in prompt.references)
+    def mark(self, reply, prompt):
+        "As asked by `metric`: the share of answers found, or 1 if one is."
+        return super().mark(reply, prompt) if self.metric == 'mean' else float(any(found(tidy(reply), r, self.official) for r in prompt.references))
+    def finished(self, reply, prompt):
+        "Whether the mark is full."
+        return super().finished(reply, prompt) if self.metric == 'mean' else any(found(tidy(reply), r, self.official, closed=True) for r in prompt.references)
 
 RULER |= {t.name: t for t in (VariableTracking(), CommonWords(), FrequentWords(), QA(), QA(name='qa_2'))}
 

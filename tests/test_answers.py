@@ -9,9 +9,10 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForC
 
 import pose_nb.answers as answers
 from conftest import make_tokenizer, make_texts
-from pose_nb.answers import (Prompt, Reader, Task, Trunk, answer, continue_greedy, make_batches, make_trials, prefill, reach, retrieve, score_answers, share_found, shared_start, stack_caches,
+from pose_nb.answers import (Prompt, Reader, Task, Trunk, answer, continue_greedy, make_batches, make_trials, pooled_interval, prefill, reach, retrieve, score_answers, share_found, shared_start, stack_caches,
                              trial_rng, wilson)
 from pose_nb.common import PoseError
+from pose_nb.perplexity import _forget_lengths as forget
 
 TOK = make_tokenizer()
 SMALL = dict(vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
@@ -67,7 +68,32 @@ def test_frequencies_that_follow_the_length_are_never_read_in_parts():
     prompts = [t['prompt'] for t in make_trials(Hidden(3), TOK, (120,), trials=4, bos=0)]
     m.register_forward_pre_hook(lambda mod, a, kw: calls.append(a[0].shape[1]), with_kwargs=True)
     answer(m, TOK, Hidden(3), prompts, 1, 16)
-    assert [c for c in calls if c > 3] == [len(p.ids) for p in prompts]
+    assert sorted(c for c in calls if c > 3) == sorted(n for p in prompts for n in (len(p.ids), len(p.ids + p.answer)))         # to reply, and to score
+
+
+@pytest.mark.parametrize('batch_tokens', [1, 10_000])
+def test_with_frequencies_that_follow_the_length_replies_are_those_of_generate_and_scores_those_of_one_pass(batch_tokens):
+    "Lengths beyond the window of 64, where each new token changes the frequencies."
+    m, task = model(*FAMILIES[3][:2], **FAMILIES[3][2] | dict(max_position_embeddings=64)), Hidden(6)
+    prompts = [t['prompt'] for t in make_trials(task, TOK, (90, 120), (0., .4), trials=3, bos=0)]
+    for p, got in zip(prompts, answer(m, TOK, task, prompts, batch_tokens), strict=True):
+        forget(m)
+        written = m.generate(torch.tensor([p.ids]), attention_mask=torch.ones(1, len(p.ids), dtype=torch.int64), max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
+        forget(m)
+        assert got['reply'] == TOK.decode(written[0, len(p.ids):], skip_special_tokens=True) and got['nll'] == pytest.approx(by_hand(m, p, 0)[1], abs=1e-5)
+    same = [Prompt(p.ids, p.answer[:1], p.references, p.facts) for p in prompts]
+    assert [g['reply'] for g in answer(m, TOK, task, same, batch_tokens)] == [g['reply'] for g in answer(m, TOK, task, prompts, batch_tokens)]
+
+
+def test_pooled_intervals_count_questions_and_what_depths_add():
+    rng, hit = np.random.default_rng(1), dict(alike=0, apart=0)
+    for _ in range(400):
+        one, each = rng.random(20) < .6, rng.random((20, 5)) < .6
+        for name, marks in (('alike', np.repeat(one[:, None], 5, 1)), ('apart', each)):
+            low, high = pooled_interval(marks.ravel().tolist(), np.repeat(np.arange(20), 5).tolist())
+            hit[name] += low <= .6 <= high
+    assert all(h >= .92 * 400 for h in hit.values()), hit
+    assert pooled_interval([1] * 10, [0, 1] * 5) == wilson(2, 2) and pooled_interval([1, 0], [0, 0]) == wilson(.5, 1)
 
 
 @settings(deadline=None, max_examples=40)
@@ -174,7 +200,7 @@ def test_rows_pool_and_are_plain_data():
     assert [(r.length, r.depth, r.trials) for r in got.rows] == [(40, 0., 3), (40, 1., 3), (60, 0., 3), (60, 1., 3)]
     d = json.loads(json.dumps(got.to_dict()))
     assert d['task'] == 'hidden' and d['rows'][0]['protocol'] == dict(task='hidden', new_tokens=4, early=False) and d['rows'][0]['bos'] == 0
-    assert got.rows[0].accuracy == np.mean([t['mark'] for t in got.trials[:3]]) and got.intervals[40] == wilson(6 * got.accuracy[40], 6)
+    assert got.rows[0].accuracy == np.mean([t['mark'] for t in got.trials[:3]]) and got.accuracy[40] == 0 and got.intervals[40] == wilson(0, 3)       # three questions at two depths
 
 
 def test_two_ends_of_a_map(tmp_path):

@@ -1,5 +1,6 @@
 "Evaluations are cut into pieces that are kept, belong to one model, and are compared honestly."
 import json, shutil, subprocess, sys
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np, pytest, torch
@@ -9,9 +10,13 @@ import pose_nb.evaluate as evaluate
 from conftest import make_texts
 from pose_nb.answers import wilson
 from pose_nb.common import PoseError, read_json, write_json
-from pose_nb.evaluate import AnswerTest, PerplexityTest, Pieces, Subject, eval_passkey, eval_ppl, mark_difference, run_pieces, model_hash, newcombe
+from pose_nb.evaluate import AnswerTest, LongPPLTest, MarkTest, PerplexityTest, Pieces, ShortTest, Subject, eval_passkey, eval_ppl, mark_difference, run_pieces, model_hash, newcombe
+from pose_nb.experiment import interval
 from pose_nb.harness import paired_interval
+from pose_nb.needles import Haystack, Lines, Needle
+from pose_nb.relative import ReRoPE
 from pose_nb.retrieval import Passkey
+from pose_nb.ruler import Niah
 
 
 @pytest.fixture
@@ -95,7 +100,19 @@ def test_newcombes_interval():
 
 def test_which_interval_is_taken():
     assert mark_difference([1, 0, 1], [1, 1, 1])[1:] == paired_interval(np.array([1, 0, 1.]), np.ones(3))
-    for a, b, paired in (([1, 0, 1], [1, 1, 1], False), ([1, .5, 1], [1, 1, 1], True)): assert mark_difference(a, b, paired)[1:] == newcombe(a, b)
+    for a, b, paired in (([1, 0, 1], [1, 1, 1], False), ([1, .5, 1], [1, 1, 1], False), ([.5, .5, .5], [1, 1, 1], True), ([.5, 1], [1, 1], True)): assert mark_difference(a, b, paired)[1:] == newcombe(a, b)
+    assert mark_difference([1, .5, .2], [1, 1, .4])[1:] == pytest.approx(interval([0, .5, .2])[1:]) and mark_difference([1, 0, .1], [0, 1, .9])[1:] == pytest.approx((max(-1, interval([-1, 1, .8])[1]), 1))
+
+
+def test_depths_of_one_trial_are_one_question_in_differences():
+    "Models that differ in which questions they know, and at no depth."
+    rng, clear = np.random.default_rng(0), 0
+    for _ in range(200):
+        values = [[[dict(length=64, trial=t, depth=d, mark=float(x), nll=float(x), references=[str(t)], tokens=60) for d in range(5) for t, x in enumerate(known)]] for known in rng.random((2, 20)) < .6]
+        row, = AnswerTest(Passkey(), (64,)).differences(*values)
+        clear += row['clear']
+        assert row['low'] <= row['difference'] <= row['high'] and row['nll'] == pytest.approx(row['difference'])
+    assert clear <= 20, clear                                        # one in twenty; as a hundred independent trials it would be one in three
 
 
 @pytest.mark.parametrize('paired', [True, False])
@@ -398,3 +415,153 @@ def test_the_card_has_every_result_and_every_difference(cli, checkpoint, tmp_pat
     assert cli('eval', 'all', out, '--tasks', 'passkey,needle', '--lengths', '300,320', '--trials', '2', '--compare', checkpoint(), '--no-progress').code == 0
     card = (out/'README.md').read_text()
     assert all(f'### {t}' in card for t in ('Overview', 'Passkey retrieval', 'Retrieval: needle')) and card.count('long compared with base') == 2 and '| length | base | model | difference | low | high | clear |' in card
+
+
+# ---------------------------------------------------------------------------------------------- what a piece is found by
+
+def changed(test, **others):
+    "The key of a test, and the keys with each field changed."
+    assert set(others) == {f.name for f in fields(test)} - {'documents', 'limit'} or isinstance(test, ShortTest) and set(others) == {f.name for f in fields(test)}
+    return [json.dumps(t.key(), sort_keys=True) for t in (test, *(replace(test, **{k: v}) for k, v in others.items()))]
+
+
+def test_every_setting_is_part_of_what_was_asked(model, tmp_path, monkeypatch):
+    pytest.importorskip('lm_eval')
+    long = 'one two three. ' * 40
+    (tmp_path/'a.json').write_text('[]')
+    keys = [changed(AnswerTest(Passkey(), (240,)), task=Passkey(digits=5), lengths=(250,), depths=(0.,), trials=3, seed=1, bos=True),
+            changed(PerplexityTest((), (64,), ids=np.arange(99)), lengths=(65,), stride=3, max_tokens=70, bos=True, last=5, truncated=True, ids=np.arange(1, 100)),
+            changed(MarkTest(('a',)), texts=('b',), context=9, step=9, max_tokens=9), changed(LongPPLTest(dict(a=1)), marks=dict(a=2)),
+            changed(ShortTest(('a',)), tasks=('b',), shots=1, limit=2, include_path=str(tmp_path), truncate=True, bos=False, seed=1, batch_size=2),
+            [json.dumps(AnswerTest(t, (2048,)).key(), sort_keys=True) for t in (Niah(text=long), Niah(text=long.replace('two', 'six')), Needle(haystack=Haystack((long,))), Needle(haystack=Haystack((long[:-2] + '! ',))))]]
+    for ks in keys: assert len(set(ks)) == len(ks)
+    subject = lambda **kw: json.dumps(Subject(model, **kw).key(), sort_keys=True)
+    a, b = subject(), subject(attn_implementation='eager')
+    mapped = Subject(model, relative='rerope'); mapped.rel = ReRoPE(8)
+    monkeypatch.setattr(evaluate, '_versions', lambda: dict(code='other'))
+    assert len({a, b, json.dumps(mapped.key(), sort_keys=True), subject()}) == 4
+
+
+def test_versions_know_this_packages_own_code(tmp_path, monkeypatch):
+    before = evaluate._versions()
+    assert {'python', 'torch', 'transformers', 'code'} <= before.keys() and 'hardware' not in before
+    copy = shutil.copytree(Path(evaluate.pose_nb.__file__).parent, tmp_path/'pose_nb', ignore=shutil.ignore_patterns('__pycache__'))
+    (copy/'needles.py').write_text((copy/'needles.py').read_text().replace('amber', 'azure').replace('acorn', 'acre'))
+    monkeypatch.setattr(evaluate.pose_nb, '__file__', str(copy/'__init__.py'))
+    evaluate._versions.cache_clear()
+    try: assert {k for k, v in evaluate._versions().items() if v != before[k]} == {'code'}
+    finally: evaluate._versions.cache_clear()
+
+
+def test_code_and_tokenizer_files_of_a_checkpoint_are_part_of_its_fingerprint(model):
+    seen = {model_hash(model)}
+    for name in ('modeling_own.py', 'spiece.model', 'own.tiktoken', 'tekken.json'): (model/name).write_text('x'); seen.add(model_hash(model))
+    assert len(seen) == 5
+
+
+def test_data_that_own_tasks_name_are_part_of_what_was_asked(tmp_path):
+    pytest.importorskip('lm_eval')
+    data, tasks = tmp_path/'data.json', tmp_path/'tasks'
+    tasks.mkdir(); data.write_text('[1]'); (tasks/'t.yaml').write_text(f"task: t\ndataset_path: json\ndataset_kwargs:\n  data_files: {{test: '{data}'}}\n")
+    keys = [ShortTest(('t',), include_path=str(tasks)).key()]
+    data.write_text('[2]'); keys.append(ShortTest(('t',), include_path=str(tasks)).key())
+    assert keys[0] != keys[1] and len(keys[1]['data']) == 1
+
+
+# ---------------------------------------------------------------------------------------------- reports say what was measured
+
+def trial(t, mark, n=64, **kw): return dict(length=n, depth=None, trial=t, mark=float(mark), nll=1. - mark, probability=float(mark), forced=mark == 1, references=[str(t)], reply='', tokens=60) | kw
+
+
+def test_a_report_keeps_base_and_model_apart(tmp_path):
+    r = evaluate.report(AnswerTest(Passkey(), (64,)), dict(mine=[[trial(t, 1) for t in range(9)]], base=[[trial(t, t == 0) for t in range(9)]]), dict(mine='m', base='b'), tmp_path)
+    d, = r['differences']
+    assert d['base'] == pytest.approx(1 / 9) and d['model'] == 1 and d['difference'] == pytest.approx(8 / 9) and d['clear'] and d['nll'] == pytest.approx(-8 / 9) and d['nll_high'] < 0
+    assert 'mine compared with base' in r['text'] and [x['model'] for x in r['rows']] == ['mine', 'base'] and read_json(tmp_path/'eval'/'passkey.json')['differences'] == [d]
+
+
+def test_questions_that_differ_are_not_paired():
+    a, b = [[trial(t, t % 2) for t in range(8)]], [[trial(t, t % 2 or t == 0, references=['else']) for t in range(8)]]
+    d, = AnswerTest(Passkey(), (64,)).differences(a, b)
+    assert (d['difference'], d['low'], d['high']) == mark_difference([t['mark'] for t in a[0]], [t['mark'] for t in b[0]], False) and d['nll'] is None
+
+
+def test_one_document_has_no_interval(model, corpus, cli, tmp_path):
+    out = json.loads(cli('eval', 'ppl', model, '--compare', model.parent/'other', '--data', corpus.jsonl, '--lengths', '64', '--documents', '1', '--json', '--no-progress').out) if shutil.copytree(model, model.parent/'other') else None
+    assert all(r['low'] is None and r['high'] is None and r['documents'] == 1 for r in out['rows']) and all(d['low'] is None and not d['clear'] for d in out['differences'])
+    r = cli('eval', 'ppl', model, '--data', corpus.jsonl, '--lengths', '64', '--documents', '1', '--no-progress')
+    assert r.code == 0 and 'None' not in r.out and (model/'eval'/'ppl.svg').exists()
+    values = [[[dict(length=64, stride=32, bos=None, scored=9, total=9 * x, document=str(i)) for _ in '1'] for i, x in enumerate((.1, 3.))]]
+    assert PerplexityTest((), (64,)).rows(values[0])[0]['low'] == 1                      # a perplexity is at least 1
+
+
+def test_reach_stops_at_the_threshold_and_at_what_was_not_asked():
+    cells = lambda test, **at: dict(test=test, name=test, rows=[dict(model='m', length=int(n[1:]), accuracy=a) for n, a in at.items()], differences=[])
+    row = lambda threshold, *reports: evaluate.overview(list(reports), threshold)[-1]
+    assert [row(t, cells('passkey', n256=.9, n512=.6))['reach'] for t in (.95, .7, .5)] == [0, 256, 512]
+    assert row(.5, cells('passkey', n512=.6), cells('lines', n256=.9, n512=.9))['reach'] == 512
+    vt, cwe = cells('vt', n256=.9, n512=.1, n1024=.9), cells('cwe', n256=.9, n1024=.9)                 # cwe could not be asked at 512
+    got = row(.5, vt, cwe)
+    assert got['test'] == 'RULER average of 2' and got['256'] == .9 and got['512'] == '' and got['1024'] == .9 and got['reach'] == 256
+    assert row(.5, cells('lines', n512=.9), cells('vt', n256=.9, n512=.9))['reach'] == 512             # too short a text to ask is none that failed
+
+
+def test_longppl_over_other_tokens_is_not_compared():
+    v = lambda tokens: [dict(longppl=2., per_document=[dict(tokens=tokens, keys=2, key_nll=.5), dict(tokens=9, keys=3, key_nll=.7)])]
+    assert LongPPLTest({}).differences(v(8), v(7)) == [] and len(LongPPLTest({}).differences(v(8), v(8))) == 1
+
+
+def test_pieces_are_whole_and_limited(model):
+    s, texts = Subject(model), tuple(make_texts(3, 200))
+    assert len(PerplexityTest(texts, (64,)).pieces(s)) == 3 and len(PerplexityTest(texts, (64,), limit=2).pieces(s)) == 2
+    assert [p.texts for p in MarkTest(texts, 16, 8).pieces(s)] == [(t,) for t in texts]
+    with pytest.raises(PoseError, match='no document has'): PerplexityTest(texts, (10**6,)).pieces(s)
+    assert evaluate._check_asked(3, [0, 24.5, 100], 0) == (0, .245, 1)
+    n = len(evaluate.tokenize_documents([texts[0]], s.tokenizer)[0])
+    assert len(PerplexityTest(texts[:1], (n + 1,), bos=True).pieces(s)) == 1                             # BOS fills a place
+    with pytest.raises(PoseError, match='no document has'): PerplexityTest(texts[:1], (n + 1,), bos=False).pieces(s)
+
+
+@pytest.mark.parametrize('test,says', [(lambda x: PerplexityTest(x, (64,), stride=65), 'stride 65'), (lambda x: PerplexityTest(x, (64,), stride=0), 'stride'), (lambda x: PerplexityTest(x, (64,), max_tokens=9), 'max_tokens 9'),
+                                       (lambda x: PerplexityTest(x, (64,), last=64), 'cannot hold 64'), (lambda x: AnswerTest(Passkey(), (20,)), 'at least'), (lambda x: AnswerTest(Lines(), (64,)), 'too short'),
+                                       (lambda x: MarkTest(x, 10**6), 'longer than the short context')])
+def test_what_cannot_be_asked_is_refused_before_the_weights_are_read(model, test, says):
+    class Never(Subject): net = property(lambda self: pytest.fail('loaded'))
+    with pytest.raises(PoseError, match=says): run_pieces(lambda s: [AnswerTest(Passkey(), (240,)), test(tuple(make_texts(2, 200)))], [Never(model)], Pieces(None), progress=False)
+
+
+def test_costs_are_tokens_to_read():
+    ids = np.zeros(1000, np.int64)
+    assert PerplexityTest((), (100,), ids=ids).cost == 100 * 19 and PerplexityTest((), (100,), ids=ids, max_tokens=300, stride=100).cost == 300
+    assert PerplexityTest((), (100, 200), ids=ids, last=10).cost == 300 == PerplexityTest((), (100, 200), ids=ids, truncated=True).cost
+
+
+def test_asked_for_by_name(model, corpus, monkeypatch):
+    "What verbs ask, without asking it."
+    asked = []
+    monkeypatch.setattr(evaluate, 'ask_tasks', lambda m, tasks, **kw: asked.append((tasks, kw)) or [dict(rows=[])])
+    for kw in (dict(pairs=75), dict(pairs=140), dict(pairs=3), dict(pairs=75, depths=[50])): evaluate.eval_kv(model, **kw)
+    assert [None if k['depths'] is None else [round(d / 100 * (t[0].pairs - 1)) for d in k['depths']] for t, k in asked] == [[0, 18, 37, 54, 74], [0, 34, 69, 104, 139], None, [37]]
+    def made(m, make, **kw): asked.append(make((2048,), [Subject(model)])); raise PoseError('enough.')
+    monkeypatch.setattr(evaluate, 'run_tests', made)
+    for data in ('stdlib', str(corpus.jsonl)):
+        with pytest.raises(PoseError, match='enough'): evaluate.eval_all(model, tasks='niah_single_2', data=data)
+    assert asked[-2][0].task.text is None and asked[-1][0].task.text == '\n\n'.join(evaluate.heldout_texts(str(corpus.jsonl), 'text'))
+
+
+def test_truncated_and_short_tasks_of_which_one_cannot_be_asked(model, cli, corpus, tmp_path):
+    r = cli('eval', 'ppl', model, '--truncated', '--data', corpus.jsonl, '--lengths', '32,64', '--json', '--no-progress')
+    assert r.code == 0 and json.loads(r.out)['name'] == 'truncated' and (model/'eval'/'truncated.json').exists(), r.err
+    pytest.importorskip('lm_eval')
+    from pose_nb.harness import write_task
+    q = [dict(question=f'the sea {i}', choices=['wind', 'stone'], answer=i % 2) for i in range(4)]
+    write_task(tmp_path/'tasks', 'fine', q, q[:3])
+    write_task(tmp_path/'tasks', 'toolong', [x | dict(question='the sea ' * 2000) for x in q], q[:3])
+    r = cli('eval', 'all', model, '--tasks', 'passkey', '--lengths', '240', '--trials', '1', '--short', 'fine,toolong', '--include-path', tmp_path/'tasks', '--json', '--no-progress')
+    out = json.loads(r.out)
+    assert r.code == 0 and list(out['left_out']) == ['toolong'] and {x['task'] for x in read_json(model/'eval'/'short.json')['rows']} == {'fine'} and [x['name'] for x in out['reports']] == ['passkey', 'short']
+
+
+def test_a_group_of_verbs_says_what_follows(cli):
+    for words, says in ((('eval', 'foo'), "'eval' is followed by one of: ppl, passkey"), (('eval',), "'eval' is followed by one of"), (('foo',), "unknown command 'foo'")):
+        r = cli(*words); assert r.code == 2 and says in r.err, r.err
