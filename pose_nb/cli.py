@@ -103,10 +103,8 @@ def find_verb(
     "Which command is meant. Raises `PoseError` with the list of commands if none is."
     for n in (2, 1):
         if tuple(argv[:n]) in VERBS: return VERBS[tuple(argv[:n])][0], argv[n:], 'pose_nb ' + ' '.join(argv[:n])
-    below = [v[1] for v in VERBS if v[0] == argv[0] and len(v) > 1]
-    if below: raise PoseError(f"'{argv[0]}' is followed by one of: {', '.join(below)}{f'; there is no {argv[1]}' if len(argv) > 1 else ''}.")
-    known = ', '.join(' '.join(v) for v in VERBS)
-    raise PoseError(f"unknown command '{' '.join(argv[:1])}'; choose one of: {known}.")
+    below = [v for v in VERBS if len(v) > 1 and v[0] == argv[0]]
+    raise PoseError(f"unknown command '{' '.join(argv[:2 if below else 1])}'; choose one of: {', '.join(' '.join(v) for v in below or VERBS)}.")
 
 # %% ../nbs/11_cli.ipynb #2ba232bc
 def show(

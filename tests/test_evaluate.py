@@ -563,5 +563,5 @@ def test_truncated_and_short_tasks_of_which_one_cannot_be_asked(model, cli, corp
 
 
 def test_a_group_of_verbs_says_what_follows(cli):
-    for words, says in ((('eval', 'foo'), "'eval' is followed by one of: ppl, passkey"), (('eval',), "'eval' is followed by one of"), (('foo',), "unknown command 'foo'")):
+    for words, says in ((('eval', 'foo'), "unknown command 'eval foo'; choose one of: eval ppl, eval passkey"), (('eval',), "unknown command 'eval'; choose one of: eval ppl"), (('foo',), "unknown command 'foo'")):
         r = cli(*words); assert r.code == 2 and says in r.err, r.err
