@@ -373,6 +373,7 @@ def report(
     folder=None,    # Where `eval/` goes; None: nowhere
     window:int=None,# Training window, in tokens, for the figure
     rel=None,       # The first model's relative map
+    claimed:dict=None, # {subject name: tokens that it claims to read}
 )->dict: # title, rows, differences, protocol, models, environment, text
     "Sum up one test, and write it where there is a folder for it."
     rows = [dict(model=n) | row for n, r in results.items() for row in test.rows(r)]
@@ -381,6 +382,9 @@ def report(
     out = dict(name=name, test=test.name, title=title, rows=rows, differences=differences, protocol=test.protocol, models=hashes, environment=environment()) | (dict(relative=dict(name=rel.name) | asdict(rel)) if rel else {})
     text = [title, _shown(rows)]
     if len(results) == 2 and not differences: text += ['', f"{' and '.join(results)} read different tokens, so their results are not compared."]
+    for n, top in (claimed or {}).items():
+        far = sorted({r['length'] for r in rows if r['model'] == n and r.get('length', 0) > top})
+        if far: text += [f"{n} claims {top:,} tokens; {', '.join(f'{x:,}' for x in far)} {'is' if len(far) == 1 else 'are'} beyond that."]
     if out['differences']: text += ['', f'{list(results)[0]} compared with {list(results)[1]}', _shown(out['differences'])]
     if folder:
         use_style()
@@ -454,7 +458,8 @@ def run_tests(
     subjects[0].rel = _map(subjects[0], relative, relative_kwargs, lengths[-1])
     tests = make(lengths, subjects)
     results, hashes = run_pieces(lambda s: tests, subjects, _kept(folder), progress), {s.name: s.hash for s in subjects}
-    return [on_main(lambda: report(t, {n: r[t.name] for n, r in results.items()}, hashes, folder, info.original, subjects[0].rel)) for t in tests]
+    claimed = {s.name: s.info.length for s in subjects if not s.rel}
+    return [on_main(lambda: report(t, {n: r[t.name] for n, r in results.items()}, hashes, folder, info.original, subjects[0].rel, claimed)) for t in tests]
 
 # %% ../nbs/10e_evaluate.ipynb #1174b7da
 def _check_asked(trials, depths, seed):

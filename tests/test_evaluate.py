@@ -434,6 +434,7 @@ def test_every_setting_is_part_of_what_was_asked(model, tmp_path, monkeypatch):
             changed(MarkTest(('a',)), texts=('b',), context=9, step=9, max_tokens=9), changed(LongPPLTest(dict(a=1)), marks=dict(a=2)),
             changed(ShortTest(('a',)), tasks=('b',), shots=1, limit=2, include_path=str(tmp_path), truncate=True, bos=False, seed=1, batch_size=2),
             [json.dumps(AnswerTest(t, (2048,)).key(), sort_keys=True) for t in (Niah(text=long), Niah(text=long.replace('two', 'six')), Needle(haystack=Haystack((long,))), Needle(haystack=Haystack((long[:-2] + '! ',))))]]
+    keys.append([json.dumps(PerplexityTest((), (64,), ids=np.arange(99), last=n).key(), sort_keys=True) for n in (5, 6)])
     for ks in keys: assert len(set(ks)) == len(ks)
     subject = lambda **kw: json.dumps(Subject(model, **kw).key(), sort_keys=True)
     a, b = subject(), subject(attn_implementation='eager')
@@ -478,6 +479,13 @@ def test_a_report_keeps_base_and_model_apart(tmp_path):
     d, = r['differences']
     assert d['base'] == pytest.approx(1 / 9) and d['model'] == 1 and d['difference'] == pytest.approx(8 / 9) and d['clear'] and d['nll'] == pytest.approx(-8 / 9) and d['nll_high'] < 0
     assert 'mine compared with base' in r['text'] and [x['model'] for x in r['rows']] == ['mine', 'base'] and read_json(tmp_path/'eval'/'passkey.json')['differences'] == [d]
+
+
+def test_lengths_beyond_what_a_model_claims_are_said_to_be(model, cli):
+    claims = Subject(model).info.length
+    text = cli('eval', 'passkey', model, '--lengths', f'240,{claims + 100},{claims + 200}' if claims > 240 else '240,260', '--trials', '1', '--no-progress').out
+    assert f'model claims {claims:,} tokens; ' in text and ' are beyond that.' in text
+    assert 'claims' not in cli('eval', 'passkey', model, '--lengths', '240', '--trials', '1', '--relative', 'rerope', '--no-progress').out
 
 
 def test_questions_that_differ_are_not_paired():
