@@ -234,11 +234,16 @@ class PerplexityTest:
             check(nll <= 700, f"the mean loss is {nll:.0f} nats per token at length {rows[0]['length']}, beyond any perplexity; check the model's weights, or load it in bfloat16 or float32.")
             low, high = (max(1., _exp(x)) for x in ends) if ends else (None, None)              # one document tells nothing about others
             out.append({k: rows[0][k] for k in ('length', 'stride', 'bos')} | dict(ppl=math.exp(nll), low=low, high=high, documents=len(rows), scored=sum(r['scored'] for r in rows)))
+            if self.last: out[-1] |= self._gain(next(zip(*values)), rows)
         return out
+    def _gain(self, short, rows):
+        "What more context bought over the shortest one: nats per token, paired by document."
+        gain, _, ends = mean_over_documents([a['total'] - b['total'] for a, b in zip(short, rows)], [r['scored'] for r in rows])
+        return dict(zip(('gain', 'gain_low', 'gain_high'), (None,) * 3 if rows[0]['length'] == short[0]['length'] else (gain, *(ends or (None, None)))))
     @property
     def protocol(self):
         "A sentence or two for the card."
-        if self.last: return 'The same tokens in every row; only the context in front of them grows. 95% intervals over documents.'
+        if self.last: return 'The same tokens in every row; only the context in front of them grows. `gain`: what it bought over the shortest one, in nats per token, paired by document. 95% intervals over documents.'
         if self.truncated: return 'Each document is cut to the length and read in one pass (PoSE, Figure 4): a longer length scores more tokens. 95% intervals over documents.'
         return 'Sliding window (Press et al.): each token scored once, weighted equally, with `stride` fresh tokens a window. 95% intervals over documents.'
 

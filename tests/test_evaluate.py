@@ -91,6 +91,16 @@ def test_pooled_documents_equal_documents_measured_together(model, tmp_path):
             assert row['ppl'] == pytest.approx(want.ppl, rel=1e-6) and (row['low'], row['high']) == pytest.approx(want.interval, rel=1e-5) and row['scored'] == want.scored
 
 
+def test_the_gain_of_more_context_is_that_of_the_perplexity_page(model):
+    from pose_nb.perplexity import context_gain, context_perplexity, tokenize_documents
+    s, texts = Subject(model), make_texts(4, 200)
+    t = PerplexityTest(tuple(texts), (32, 64, 128), last=9)
+    short, *more = t.rows([p.run(s, False) for p in t.pieces(s)])
+    r = context_perplexity(s.net, tokenize_documents(texts, s.tokenizer), (32, 64, 128), 9, bos=evaluate._bos(s, None), progress=False)
+    assert short['gain'] is None
+    for row, want in zip(more, context_gain(r), strict=True): assert row['gain'] == pytest.approx(want.gain, abs=1e-6) and (row['gain_low'], row['gain_high']) == pytest.approx(want.interval, abs=1e-6)
+
+
 def test_newcombes_interval():
     for (a, n), (b, m) in (((56, 70), (48, 80)), ((9, 10), (3, 10)), ((0, 10), (10, 10)), ((10, 10), (10, 10))):
         d, low, high = mark_difference([1] * a + [0] * (n - a), [1] * b + [0] * (m - b), paired=False)
