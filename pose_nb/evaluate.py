@@ -450,7 +450,7 @@ def run_tests(
     compare:str=None,             # A second checkpoint to put beside the first, such as the base
     output_dir:str=None,          # Where `eval/` goes; None: the model's folder if it is one
     relative:str=None,            # Relative map for the first model, without training: self_extend, rerope, leaky_rerope, string, dca, lm_infinite or dpe
-    relative_kwargs:dict=None,    # Its settings, such as {"group": 8, "window": 1024}; None: what fits the lengths
+    relative_kwargs:dict=None,    # Its settings, such as {"group": 8, "window": 1024}, for dpe {"source": "dpe.json"}; None: what fits the lengths
     attn_implementation:str=None, # sdpa, eager, flash_attention_2
     trust_remote_code:bool=False, # Run code that comes with the checkpoint
     progress:bool=True,           # Show progress bars

@@ -345,7 +345,7 @@ def ask_rotation(
     quarter = apply(unit[None, None], unit[None, None], torch.zeros_like(cos), torch.ones_like(cos))[0][0, 0]
     partner = quarter.abs().argmax(0)
     first, pair = torch.minimum(partner, torch.arange(len(partner), device=device)).unique(return_inverse=True)     # pairs in the order of their first channels,
-    if not torch.allclose(angle[first], inv_freq, atol=1e-4): pair = (angle[:, None] - inv_freq[None]).abs().argmin(1) # or else found by their angle
+    if len(first) != len(inv_freq) or not torch.allclose(angle[first], inv_freq, atol=1e-4): pair = (angle[:, None] - inv_freq[None]).abs().argmin(1) # or else found by their angle
     return Rotation(inv_freq[pair], after[0].norm().item(), pair, _QuarterTurn(partner, quarter.gather(0, partner[None])[0]))
 
 def turned_by(
@@ -703,7 +703,7 @@ def generate(
     prompt:str=None,              # The prompt itself, instead of a file
     max_new_tokens:int=64,        # Most tokens to write
     relative:str=None,            # Relative map: self_extend, rerope, leaky_rerope, string, dca, lm_infinite or dpe; None: none
-    relative_kwargs:dict=None,    # Its settings, such as {"group": 8, "window": 1024}; None: what fits the length
+    relative_kwargs:dict=None,    # Its settings, such as {"group": 8, "window": 1024}, for dpe {"source": "dpe.json"}; None: what fits the length
     temperature:float=0.,         # 0 writes the most probable token; above, tokens are drawn; below 100
     seed:int=0,                   # Seed of the draws
     chunk:int=2048,               # Tokens read at a time
