@@ -68,6 +68,7 @@ def test_frequencies_that_follow_the_length_are_never_read_in_parts():
     prompts = [t['prompt'] for t in make_trials(Hidden(3), TOK, (120,), trials=4, bos=0)]
     m.register_forward_pre_hook(lambda mod, a, kw: calls.append(a[0].shape[1]), with_kwargs=True)
     answer(m, TOK, Hidden(3), prompts, 1, 16)
+    assert {c for c in calls if c <= 3} == {1}                             # nothing but the reply, token by token
     assert sorted(c for c in calls if c > 3) == sorted(n for p in prompts for n in (len(p.ids), len(p.ids + p.answer)))         # to reply, and to score
 
 
