@@ -450,6 +450,8 @@ def reach(
     return best
 
 # %% ../nbs/08a_answers.ipynb #0621a4fb
+def _check_seed(seed): check(_integer(seed, 'seed', 0) < 2**64, f"seed {seed} is too large; use one below 2**64.")
+
 def _check_depths(depths):
     if depths is None: return None
     try: depths = tuple(map(float, np.atleast_1d(depths)))
@@ -480,7 +482,7 @@ def retrieve(
     "Ask a task at several lengths and depths. Raises `PoseError` for requests that cannot be met."
     lengths, depths, bos = check_lengths(lengths), _check_depths(depths), _tokenizer_bos(tokenizer, bos)
     for value, what in ((trials, 'trials'), (task.new_tokens, 'new_tokens'), (batch_tokens, 'batch_tokens'), (chunk, 'chunk')): _integer(value, what)
-    check(_integer(seed, 'seed', 0) < 2**64, f"seed {seed} is too large; use one below 2**64.")
+    _check_seed(seed)
     plan = make_trials(task, tokenizer, lengths, depths, trials, seed, bos)
     got = answer(model, tokenizer, task, [t['prompt'] for t in plan], batch_tokens, chunk, shared, progress)
     for t, a in zip(plan, got): t.update(references=t.pop('prompt').references, **a)

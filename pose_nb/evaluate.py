@@ -22,7 +22,7 @@ from fastcore.meta import delegates
 from tqdm.auto import tqdm
 
 import pose_nb
-from .answers import Answers, Task, _check_depths, _tokenizer_bos, answer_row, depth_plot, make_trials, reach, retrieve, wilson
+from .answers import Answers, Task, _check_seed, answer_row, depth_plot, make_trials, reach, retrieve, wilson
 from .common import PoseError, check, choose, environment, read_json, write_json
 from .engines import join, on_main
 from .experiment import interval
@@ -35,7 +35,7 @@ from .perplexity import _check_last, _integer, _strides, check_lengths, context_
 from .plots import length_plot, plt, table, token_label, use_style
 from .relative import RELATIVE, describe_map, get_relative, set_relative
 from .retrieval import Passkey
-from .ruler import QA, RULER, Niah, questions, ruler_task
+from .ruler import QA, RULER, Niah, _check_threshold, questions, ruler_task
 from .workflow import bos_id, heldout_texts, lengths_between, save_figure
 
 # %% ../nbs/10e_evaluate.ipynb #1c141d4e
@@ -469,14 +469,12 @@ def run_tests(
 # %% ../nbs/10e_evaluate.ipynb #1174b7da
 def _check_asked(trials, depths, seed):
     "Depths in percent as `retrieve` wants them, once they, trials and seed are what they may be."
-    check(_integer(seed, 'seed', 0) < 2**64, f"seed {seed} is too large; use one below 2**64.")
+    _check_seed(seed)
     check(_integer(trials, 'trials') <= 10**6, f"trials is {trials}; use at most {10**6:,}.")
     if depths is None: return None
     ok = len(depths) > 0 and all(isinstance(d, (int, float)) and 0 <= d <= 100 for d in depths) and list(depths) == sorted(set(depths))
     check(ok, f"depths are {', '.join(map(str, depths)) or 'empty'}; they must be increasing percentages from 0 (start) to 100 (end), such as 0,50,100, or left out to draw one per trial.")
     return tuple(d / 100 for d in depths)
-
-def _check_threshold(threshold): check(isinstance(threshold, (int, float)) and 0 <= threshold <= 1, f"threshold is {threshold}; it must be from 0 to 1, such as RULER's 0.856.")
 
 @delegates(run_tests, but=['make'])
 def ask_tasks(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .answers import Answers, Prompt, Reader, Task, _encode, continuation, depth_plot, make_trials, retrieve, trial_rng, wilson
+from .answers import Answers, Prompt, Reader, Task, _encode, continuation, depth_plot, make_trials, retrieve, trial_rng
 from .common import check
 from .perplexity import _integer
 from .plots import table

@@ -19,7 +19,7 @@ import numpy as np
 from matplotlib import pyplot as plt
 from scipy.special import zeta
 
-from .answers import Answers, Prompt, Task, _encode, _tokenizer_bos, continuation, make_trials, reach, retrieve, share_found
+from .answers import Answers, Prompt, Task, _check_seed, _encode, _tokenizer_bos, continuation, make_trials, reach, retrieve, share_found
 from .common import PoseError, check, choose
 from .data import stdlib_documents
 from .needles import ADJECTIVES, NOUNS
@@ -512,13 +512,15 @@ def weighted_mean(
     w = np.arange(1, len(scores) + 1)
     return float(np.average(scores, weights=w if increasing else w[::-1]))
 
+def _check_threshold(threshold): check(isinstance(threshold, (int, float)) and 0 <= threshold <= 1, f"threshold is {threshold!r}; it must be a number from 0 to 1, such as RULER's 0.856.")
+
 def ruler_scores(
     marks:dict,             # {task: {length: mean mark in [0, 1]}}, all tasks with the same lengths
     threshold:float=.856,   # What counts as good enough, in [0, 1]
 )->dict: # average {length: 0 to 100}, mean, increasing, decreasing, effective, effective_last (tokens, 0: none)
     "RULER's summary numbers. Raises `PoseError` if tasks differ in their lengths, or for a threshold beyond 1."
     check(marks and all(marks.values()), "there are no marks to sum up; pass {task: {length: mark}}.")
-    check(isinstance(threshold, (int, float)) and 0 <= threshold <= 1, f"threshold is {threshold!r}; it must be a number from 0 to 1, such as RULER's 0.856.")
+    _check_threshold(threshold)
     lengths = sorted({n for m in marks.values() for n in m})
     for name, m in marks.items(): check(sorted(m) == lengths, f"'{name}' has marks at lengths {sorted(m)}, others at {lengths}; a mean over tasks needs the same lengths for all.")
     mean = {n: float(np.mean([m[n] for m in marks.values()])) for n in lengths}
@@ -585,6 +587,6 @@ def ruler(
     names, lengths = [t.name for t in tasks], check_lengths(lengths)
     check(names and len(set(names)) == len(names), f"the tasks are called {', '.join(names) or 'nothing'}; pass at least one, and give each a name of its own with name=.")
     ruler_scores({'any': dict.fromkeys(lengths, 0.)}, threshold)
-    _integer(trials, 'trials'); check(_integer(seed, 'seed', 0) < 2**64, f"seed {seed} is too large; use one below 2**64.")
+    _integer(trials, 'trials'); _check_seed(seed)
     for t in tasks: make_trials(t, tokenizer, sorted({lengths[0], lengths[-1]}), None, 1, seed, _tokenizer_bos(tokenizer, bos))
     return RulerResult({t.name: retrieve(model, tokenizer, t, lengths, None, trials, seed, bos, batch_tokens, chunk, shared, progress) for t in tasks}, threshold)

@@ -8,7 +8,7 @@ __all__ = ['chunked_loss', 'label_weight', 'logits_head', 'liger_loss', 'can_use
            'StopFlag', 'memory_advice', 'peak_memory', 'read_log', 'TrainResult', 'check_ids', 'train', 'plot_loss']
 
 # %% ../nbs/06_train.ipynb #f1bb825f
-import contextlib, importlib.util, json, math, os, resource, shutil, signal, sys, threading, time, traceback
+import contextlib, importlib.util, json, math, resource, signal, sys, threading, time, traceback
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
