@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent/'bench'))
 import bench
 
 torch.set_num_threads(1)
+pytestmark = pytest.mark.filterwarnings('ignore:.*farther keys are at distances')      # tiny windows are left on purpose
 quick = settings(deadline=None, max_examples=60)
 
 
