@@ -89,12 +89,14 @@ class Subject:
         attn_implementation=None,     # sdpa, eager, flash_attention_2
         trust_remote_code:bool=False, # Run code that comes with the checkpoint
         relative:str=None,            # Name of the relative map that it shall have; `rel` is the map
-    ): self.path, self.how, self.relative, self.rel, self._net = path, dict(attn_implementation=attn_implementation, trust_remote_code=trust_remote_code), relative, None, None
+    ):
+        self.path, self.how, self.rel, self._net = path, dict(attn_implementation=attn_implementation, trust_remote_code=trust_remote_code), None, None
+        self.relative = relative and choose(relative, RELATIVE, 'relative map').name
     @property
     def name(self):
         "The name in reports."
         name = Path(str(self.path)).resolve().name if Path(str(self.path)).exists() else str(self.path)
-        return f"{name}+{choose(self.relative, RELATIVE, 'relative map').name}" if self.relative else name
+        return f'{name}+{self.relative}' if self.relative else name
     @cached_property
     def tokenizer(self):
         "Its tokenizer."
@@ -238,8 +240,10 @@ class PerplexityTest:
         return out
     def _gain(self, short, rows):
         "What more context bought over the shortest one: nats per token, paired by document."
+        if rows[0]['length'] == short[0]['length']: return dict(gain=None, gain_low=None, gain_high=None)
         gain, _, ends = mean_over_documents([a['total'] - b['total'] for a, b in zip(short, rows)], [r['scored'] for r in rows])
-        return dict(zip(('gain', 'gain_low', 'gain_high'), (None,) * 3 if rows[0]['length'] == short[0]['length'] else (gain, *(ends or (None, None)))))
+        low, high = ends or (None, None)
+        return dict(gain=gain, gain_low=low, gain_high=high)
     @property
     def protocol(self):
         "A sentence or two for the card."
@@ -264,8 +268,8 @@ def mark_difference(
 )->tuple: # (mean of b less mean of a, low, high), 95%
     "Difference of two mean marks with an interval: of pairs Bonett and Price's for marks of 0 and 1 and Student's for others that differ, else Newcombe's."
     a, b = np.asarray(a, float), np.asarray(b, float)
-    binary, spread = np.isin([*a, *b], (0, 1)).all(), len(a) > 2 and paired and np.ptp(b - a) > 0
-    ends = paired_interval(a, b) if paired and (binary or spread) else newcombe(a, b)
+    binary = np.isin([*a, *b], (0, 1)).all()
+    ends = paired_interval(a, b) if paired and (binary or np.ptp(b - a) > 0) else newcombe(a, b)
     return float(b.mean() - a.mean()), *(float(np.clip(x, -1, 1)) for x in ends)
 
 # %% ../nbs/10e_evaluate.ipynb #96c9c060
@@ -896,6 +900,18 @@ def _fit_all(tests, subjects, left_out):
         if test: out.append(test)
     return out
 
+def _ask_or_leave(name, left_out, f, *args, **kw):
+    "A report in a list; none, and the reason in `left_out`, if it cannot be made."
+    try: return [f(*args, **kw)]
+    except PoseError as e: left_out[name] = str(e); return []
+
+def _ask_short(model, names, left_out, **kw):
+    "Short tasks in one report. If one of them cannot be asked, the others can, and what they answered is kept."
+    why = {}
+    if (found := _ask_or_leave('short', why, eval_short, model, names, **kw)) or len(names) == 1: left_out |= why; return found
+    able = [n for n in names if _ask_or_leave(n, left_out, eval_short, model, [n], **kw)]
+    return [eval_short(model, able, **kw)] if able else []
+
 @delegates(run_tests, but=['make'])
 def eval_all(
     model,                 # Checkpoint folder or hub id
@@ -938,15 +954,8 @@ def eval_all(
         return out
     reports = run_tests(model, make, **kwargs)
     more = {k: v for k, v in kwargs.items() if k not in ('lengths', 'relative', 'relative_kwargs')}
-    def also(name, f, *args, **kw):
-        try: reports.append(f(model, *args, **kw, **more))
-        except PoseError as e: left_out[name] = str(e)
-    if evaluator: also('longppl', eval_longppl, evaluator, data, documents=documents, max_tokens=max_tokens, text_field=text_field)
-    if short: also('short', eval_short, short, include_path=include_path)
-    if 'short' in left_out and len(names := _task_names(short)) > 1:                     # if one cannot be asked, the others can; what they answered is kept
-        del left_out['short']
-        alone = lambda n: also(n, eval_short, n, include_path=include_path) or n not in left_out and bool(reports.pop())
-        if able := [n for n in names if alone(n)]: also('short', eval_short, able, include_path=include_path)
+    if evaluator: reports += _ask_or_leave('longppl', left_out, eval_longppl, model, evaluator, data, documents=documents, max_tokens=max_tokens, text_field=text_field, **more)
+    if short: reports += _ask_short(model, _task_names(short), left_out, include_path=include_path, **more)
     return write_overview(reports, folder, f"all{_label(kwargs.get('relative'))}", threshold=threshold, left_out=left_out)
 
 def _close(name, names):

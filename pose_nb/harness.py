@@ -22,6 +22,7 @@ from scipy import stats
 from .answers import wilson
 from .common import PoseError, check, write_atomic, write_json
 from .engines import join, shared_map
+from .experiment import interval
 from .export import read_record
 from .model import check_frequencies, load_config, load_model, load_tokenizer, rope_info
 from .perplexity import _integer, _length_dependent, evaluating
@@ -236,8 +237,7 @@ def mean_interval(
     n = len(values)
     if _binary(values): return wilson(int(values.sum()), n)
     if n < 2: return None
-    half = stats.t.ppf(.975, n - 1) * values.std(ddof=1) / math.sqrt(n)
-    return float(values.mean() - half), float(values.mean() + half)
+    return interval(values)[1:]
 
 @dataclass(frozen=True)
 class ShortRow:

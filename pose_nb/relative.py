@@ -540,7 +540,7 @@ def _unrotated(module, args, kwargs, out):
 
 # %% ../nbs/09_relative.ipynb #c65d5cd9
 def _text_attention(model, name=None):
-    "The attention code of the text model, perhaps exchanged; what a model has beside it, such as an eye, keeps its own."
+    "The attention code of the text model, perhaps exchanged; what a model has beside it, such as an encoder of images, keeps its own."
     config, text = model.config, model.config.get_text_config()
     part = next((k for k in config.sub_configs if getattr(config, k, None) is text), None)
     if name: model.set_attn_implementation({part: name} if part else name)

@@ -843,7 +843,7 @@ def test_a_compiled_model_takes_a_map_and_gives_it_back():
         close(read(compiled, ids), plain)
 
 
-# ---------------------------------------------------------------------------------------------- models with an eye, other masks, shared configs
+# ---------------------------------------------------------------------------------------------- models that see images, other masks, shared configs
 
 def seeing_model():
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration
@@ -854,7 +854,7 @@ def seeing_model():
     return Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=eye, mm_tokens_per_image=4, image_token_index=50, boi_token_index=51, eoi_token_index=52)).eval()
 
 
-def test_a_model_with_an_eye_reads_text_under_a_map_and_refuses_images():
+def test_a_model_that_sees_images_reads_text_under_a_map_and_refuses_images():
     m, ids = seeing_model(), torch.randint(5, 45, (1, 40), generator=torch.Generator().manual_seed(0))
     m.set_attn_implementation({'text_config': 'eager', 'vision_config': 'sdpa'})
     codes = lambda: (m.config._attn_implementation, m.config.text_config._attn_implementation, m.config.vision_config._attn_implementation)
